@@ -42,6 +42,7 @@ _POWER_OFF = 38
 # What nspawn says when the container asked for a reboot and it was told to keep its unit.
 _REBOOT = 133
 _CGROUPS = Path("/sys/fs/cgroup")
+_NSPAWN = Path("/run/systemd/nspawn")
 
 
 # --- the record's part of a container --------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def nspawn_argv(host: Host, debs: Path) -> list[str]:
         "--resolv-conf=off",
         "--timezone=off",
         "--link-journal=no",
-        "--console=pipe",
+        "--console=read-only",
         # As on a real server: memory may be locked, and a program may ask where its pages are and count events.
         "--capability=CAP_IPC_LOCK,CAP_PERFMON",
         "--system-call-filter=@resources perf_event_open io_uring_setup io_uring_enter io_uring_register",
@@ -385,6 +386,8 @@ def supervise_text(host: Host, argv: list[str], group: Path) -> str:
     lines += [
         # With the machine's cgroup version 1 hierarchies a present-day systemd in the container refuses to boot.
         "export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1",
+        # A Debian server keeps /tmp on its disk.
+        "export SYSTEMD_NSPAWN_TMPFS_TMP=0",
         "while :; do",
         "  status=0",
         f"  {shlex.join(argv)} || status=$?",
@@ -438,6 +441,11 @@ class Container:
             if not state.process_alive(supervisor) or time.monotonic() > deadline:
                 raise LabError(f"{host.name}: the container did not start; the end of {log}:\n{ssh.tail(log)}")
             time.sleep(0.02)
+        # nspawn leaves its lock behind, named for a device number that dies with the mount.
+        with contextlib.suppress(OSError):
+            found = Path(f"/proc/{leader(host.name)}/root/").stat()
+            host.extra["nspawn_locks"] = [*host.extra.get("nspawn_locks", []), f"inode-{found.st_dev}:{found.st_ino}"]
+        host.save()
 
     def down(self, host: Host) -> None:
         """End the container and remove what it has outside its folder."""
@@ -521,6 +529,10 @@ class Container:
         network.stop(host)
         _remove_groups(host.name)
         _forget_machine(network.label(host.name))
+        for lock in host.extra.pop("nspawn_locks", []):
+            (_NSPAWN / "locks" / str(lock)).unlink(missing_ok=True)
+        if host.directory.is_dir():
+            host.save()
 
 
 def sweep() -> list[str]:
@@ -547,11 +559,8 @@ def sweep() -> list[str]:
 
 def _forget_machine(label: str) -> None:
     """Remove the folder that nspawn keeps per container to pass mounts into it."""
-    place = Path("/run/systemd/nspawn/propagate") / label
     with contextlib.suppress(OSError):
-        place.rmdir()
-    for lock in Path("/run/systemd/nspawn/locks").glob(f"*{label}*"):
-        lock.unlink(missing_ok=True)
+        (_NSPAWN / "propagate" / label).rmdir()
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -183,7 +183,8 @@ def _shrink(account: Account, entry: Reservation, root: Path) -> None:
     floor = account.before.get(entry.node, 0)
     held_by_others = account.held(entry.node) - entry.pages
     total = _read(entry.node, "nr_hugepages", root)
-    wanted = max(floor + held_by_others, total - entry.pages) if held_by_others else min(total, floor)
+    # Pages that somebody added by hand meanwhile stay his.
+    wanted = max(floor + held_by_others, total - entry.pages)
     if wanted < total:
         _write(entry.node, "nr_hugepages", wanted, root)
     account.reservations.remove(entry)
