@@ -1,0 +1,55 @@
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Bounded reads below a root, so that a captured tree reads like the host that it was taken from."""
+
+from __future__ import annotations
+
+import os
+import re
+
+# /proc/zoneinfo of a two-socket host with 384 threads is some 300 KiB.
+MAX_BYTES = 8 << 20
+# The files below /proc/sys answer a read of 4 MiB or more with ENOMEM.
+CHUNK_BYTES = 64 << 10
+
+
+def read_text(root: str, path: str, limit: int = MAX_BYTES) -> str:
+    """Return at most the first `limit` bytes of the file at `path` below `root`; raises OSError."""
+    chunks: list[bytes] = []
+    left = limit
+    with open(root.rstrip("/") + path, "rb", buffering=0) as file:
+        while left:
+            chunk = file.read(min(left, CHUNK_BYTES))
+            if not chunk:
+                break
+            chunks.append(chunk)
+            left -= len(chunk)
+    return b"".join(chunks).decode("utf-8", "replace")
+
+
+def read_optional(root: str, path: str) -> str | None:
+    """Return the text of the file, or None where it does not exist or may not be read."""
+    try:
+        return read_text(root, path)
+    except OSError:
+        return None
+
+
+def read_number(root: str, path: str) -> int | None:
+    """Return the decimal number that the file holds, or None where there is no such file; raises ValueError."""
+    text = read_optional(root, path)
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?[0-9]{1,20}", text.strip()):
+        raise ValueError(f"{path} holds {text.strip()[:40]!r}, a number expected")
+    return int(text)
+
+
+def numbered(root: str, path: str, prefix: str) -> list[int]:
+    """Return the numbers N of the entries `prefix`N of a directory, ascending; [] where there is no such directory."""
+    try:
+        names = os.listdir(root.rstrip("/") + path)
+    except OSError:
+        return []
+    form = re.compile(re.escape(prefix) + r"([0-9]{1,6})")
+    return sorted(int(match[1]) for match in map(form.fullmatch, names) if match)
