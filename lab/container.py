@@ -412,6 +412,9 @@ class Container:
         machine_cpus = os.cpu_count() or 1
         if host.cpus > machine_cpus:
             raise LabError(f"{host.name}: --cpus {host.cpus}, but this machine has {machine_cpus}")
+        wanted = host.extra.get("pages", 0)
+        if not isinstance(wanted, int) or wanted < 0:
+            raise LabError(f"{host.name}: pages {wanted!r}: expected 0 or more pages of 1 GiB")
         for bind in binds(host):
             if not Path(bind.source).is_dir():
                 raise LabError(f"{host.name}: --bind {bind.source}: there is no such folder on this machine")
