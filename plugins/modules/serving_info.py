@@ -1,0 +1,270 @@
+#!/usr/bin/python
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Compare running llama-server instances with what was planned for them."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: serving_info
+short_description: Compare running llama-server instances with their plan
+version_added: "1.0.0"
+description:
+  - Reads the state, the huge pages and the NUMA nodes of each C(llama-server@) instance of this host, asks it for its
+    health and for one chat completion, and says where that differs from the plan.
+  - It changes nothing. It needs root to read C(/proc/PID/numa_maps) of the service's user.
+options:
+  instances:
+    description: The instances to look at.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      instance:
+        description: Number of the instance, as in C(llama-server@0.service).
+        type: int
+        required: true
+      url:
+        description: Base address of the instance, such as C(http://127.0.0.1:8008).
+        type: str
+        required: true
+      pages:
+        description: Huge pages that its weights must fill.
+        type: int
+        required: true
+      nodes:
+        description: NUMA nodes on which these pages may lie. Empty for any.
+        type: list
+        elements: int
+        default: []
+  size_kib:
+    description: Size of a huge page in KiB.
+    type: int
+    default: 1048576
+  hugepages:
+    description: Whether the weights belong in huge pages at all.
+    type: bool
+    default: true
+  prompt:
+    description: The user's message of the completion. The request is greedy, so that its answer repeats.
+    type: str
+    default: Say hello.
+  max_tokens:
+    description: Most tokens that the completion may have.
+    type: int
+    default: 32
+  expect:
+    description: Text that the completion must contain. Without it any text will do.
+    type: str
+  api_key_file:
+    description: File on the host whose first line that is no comment is the key. A request without it must then fail.
+    type: path
+  ca_file:
+    description: Certificate authorities for an C(https) address. The system's own without it.
+    type: path
+  timeout_s:
+    description: Seconds that one answer may take. A long completion on a large model takes minutes.
+    type: int
+    default: 600
+attributes:
+  check_mode:
+    description: Can run in check mode and return the same.
+    support: full
+  diff_mode:
+    description: Returns details on what has changed.
+    support: none
+author:
+  - The cpullm.epyc authors (@cpullm)
+"""
+
+EXAMPLES = r"""
+- name: Compare the server of socket 0 with its plan
+  cpullm.epyc.serving_info:
+    instances:
+      - instance: 0
+        url: http://127.0.0.1:8008
+        pages: 672
+        nodes: [0]
+    prompt: "Name the capital of France."
+    expect: Paris
+  register: serving
+  failed_when: not serving.as_planned
+"""
+
+RETURN = r"""
+as_planned:
+  description: Whether no instance differs from its plan.
+  type: bool
+  returned: always
+instances:
+  description: Each instance as found.
+  type: list
+  elements: dict
+  returned: always
+  contains:
+    instance:
+      description: Its number.
+      type: int
+    active_state:
+      description: systemd's state of the unit.
+      type: str
+    pid:
+      description: Main process, 0 without one.
+      type: int
+    hugetlb_kib:
+      description: C(HugetlbPages) of the process in KiB. Null where it cannot be read.
+      type: int
+    rss_kib:
+      description: C(VmRSS) of the process in KiB, which does not count huge pages.
+      type: int
+    nodes:
+      description: Huge pages held on each NUMA node.
+      type: list
+      elements: dict
+    health:
+      description: HTTP status of the health check, 0 where nothing answered.
+      type: int
+    text:
+      description: The completion's text.
+      type: str
+    tokens_per_s:
+      description: Decode rate that the server measured for that completion.
+      type: float
+    without_key:
+      description: HTTP status of a request without a key, null where no key is set.
+      type: int
+    error:
+      description: Why no answer came.
+      type: str
+    deviations:
+      description: Each difference from the plan, in words.
+      type: list
+      elements: str
+"""
+
+import http.client
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.cpullm.epyc.plugins.module_utils._serving import (
+    chat_text,
+    decode_rate,
+    deviations,
+    pages_by_node,
+    request,
+    status_kib,
+)
+
+
+def read_key(path: str) -> str:
+    """Return the first key of a file. Raises OSError, and ValueError where it holds none."""
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            return line.strip()
+    raise ValueError(f"{path} holds no key")
+
+
+def observe(module: AnsibleModule, wanted: dict[str, Any], key: str | None) -> dict[str, Any]:
+    """Return one instance as found: unit, process, pages, health, completion."""
+    unit = f"llama-server@{wanted['instance']}.service"
+    code, out, err = module.run_command(["systemctl", "show", "--property=ActiveState,MainPID", unit])
+    if code != 0:
+        module.fail_json(msg=f"systemctl show {unit} failed with {code}: {err.strip()}")
+    shown = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    found: dict[str, Any] = {
+        "instance": wanted["instance"],
+        "active_state": shown.get("ActiveState", "unknown"),
+        "pid": int(shown.get("MainPID", "0")),
+        "hugetlb_kib": None,
+        "rss_kib": None,
+        "nodes": [],
+        "health": 0,
+        "text": "",
+        "tokens_per_s": None,
+        "without_key": None,
+        "error": None,
+    }
+    options = module.params
+    try:
+        status = Path(f"/proc/{found['pid']}/status").read_text(encoding="utf-8") if found["pid"] else ""
+        maps = Path(f"/proc/{found['pid']}/numa_maps").read_text(encoding="utf-8") if found["pid"] else ""
+        found["hugetlb_kib"] = status_kib(status, "HugetlbPages")
+        found["rss_kib"] = status_kib(status, "VmRSS")
+        found["nodes"] = pages_by_node(maps, options["size_kib"])
+        found["health"] = request(f"{wanted['url']}/health", timeout_s=30, ca_file=options["ca_file"]).status
+        payload = {
+            "messages": [{"role": "user", "content": options["prompt"]}],
+            "max_tokens": options["max_tokens"],
+            "temperature": 0,
+        }
+        address = f"{wanted['url']}/v1/chat/completions"
+        if key is not None:
+            found["without_key"] = request(address, timeout_s=30, payload=payload, ca_file=options["ca_file"]).status
+        answer = request(
+            address, timeout_s=options["timeout_s"], payload=payload, key=key, ca_file=options["ca_file"]
+        )
+        found["text"] = chat_text(answer.body)
+        found["tokens_per_s"] = decode_rate(answer.body)
+        if answer.status != 200:
+            found["error"] = f"the completion answers {answer.status}"
+    except (OSError, http.client.HTTPException) as error:
+        found["error"] = str(error)
+    return found
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "instances": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "instance": {"type": "int", "required": True},
+                    "url": {"type": "str", "required": True},
+                    "pages": {"type": "int", "required": True},
+                    "nodes": {"type": "list", "elements": "int", "default": []},
+                },
+            },
+            "size_kib": {"type": "int", "default": 1048576},
+            "hugepages": {"type": "bool", "default": True},
+            "prompt": {"type": "str", "default": "Say hello."},
+            "max_tokens": {"type": "int", "default": 32},
+            "expect": {"type": "str"},
+            "api_key_file": {"type": "path", "no_log": False},
+            "ca_file": {"type": "path"},
+            "timeout_s": {"type": "int", "default": 600},
+        },
+        supports_check_mode=True,
+    )
+    module.run_command_environ_update = {"LC_ALL": "C"}
+    options = module.params
+    try:
+        key = read_key(options["api_key_file"]) if options["api_key_file"] else None
+    except (OSError, ValueError) as error:
+        module.fail_json(msg=f"api_key_file: {error}; expected a readable file with one key a line")
+    if key is not None:
+        module.no_log_values.add(key)
+    instances = []
+    for wanted in options["instances"]:
+        found = observe(module, wanted, key)
+        expectation = {
+            **wanted,
+            "size_kib": options["size_kib"],
+            "hugepages": options["hugepages"],
+            "expect": options["expect"],
+            "key_needed": key is not None,
+        }
+        instances.append({**found, "deviations": deviations(found, expectation)})
+    module.exit_json(
+        changed=False,
+        as_planned=all(not entry["deviations"] for entry in instances),
+        instances=instances,
+    )
+
+
+if __name__ == "__main__":
+    main()

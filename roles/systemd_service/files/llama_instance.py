@@ -1,0 +1,153 @@
+#!/usr/bin/python3
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Helpers of llama-server@.service: what an instance runs with, whether it is ready, how far its load is.
+
+``digest N``      print the SHA-256 of the unit files of instance N, as they are on disk
+``record N``      keep that digest in the instance's run-time directory: what the process that starts now runs with
+``wait-ready``    wait until a server has loaded its model; ends when the process does
+``status N:P...`` print one JSON line that says how far instances N are in filling P huge pages each
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+PAGE_BYTES = 1 << 30
+RUNTIME = Path("/run/llama-server")
+
+
+def unit(number: int) -> str:
+    """Return the unit's name of an instance."""
+    return f"llama-server@{number}.service"
+
+
+def show(number: int, *properties: str) -> dict[str, str]:
+    """Return properties of an instance's unit as systemd shows them."""
+    out = subprocess.run(
+        ["systemctl", "show", f"--property={','.join(properties)}", unit(number)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "C"},
+    ).stdout
+    return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+
+
+def digest(number: int) -> str:
+    """Return the SHA-256 of the files that define an instance, in the order in which systemd reads them."""
+    shown = show(number, "FragmentPath", "DropInPaths")
+    sha = hashlib.sha256()
+    for name in [shown.get("FragmentPath", ""), *shown.get("DropInPaths", "").split()]:
+        if name:
+            sha.update(Path(name).read_bytes() + b"\0")
+    return sha.hexdigest()
+
+
+def record(number: int) -> None:
+    """Keep the digest for as long as the unit runs: systemd removes the directory when it stops."""
+    target = RUNTIME / str(number) / "configuration"
+    fresh = target.with_suffix(".new")
+    fresh.write_text(digest(number) + "\n", encoding="ascii")
+    fresh.replace(target)
+
+
+def wait_ready(url: str, pid: int) -> int:
+    """Return 0 once the server answers that its model is loaded, 1 when its process is gone.
+
+    The unit's start timeout bounds the wait. The certificate is not checked: the address is this host's own, the
+    process is known, and the answer holds no secret.
+    """
+    context = ssl._create_unverified_context() if url.startswith("https:") else None  # noqa: S323
+    while Path(f"/proc/{pid}").exists():
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5, context=context) as answer:  # noqa: S310
+                if answer.status == 200:
+                    return 0
+        except (urllib.error.URLError, OSError):
+            pass  # not listening yet, or 503 while it loads
+        time.sleep(0.1)
+    print(f"process {pid} ended before the model was loaded", file=sys.stderr)
+    return 1
+
+
+def hugetlb_bytes(pid: int) -> int:
+    """Return the bytes of huge pages that a process holds, 0 where it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("HugetlbPages:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def status(wanted: list[tuple[int, int]]) -> int:
+    """Print how far the instances are; return 1, with the journal's last lines, when one of them failed."""
+    done = total = 0
+    waiting = []
+    for number, pages in wanted:
+        shown = show(number, "ActiveState", "SubState", "MainPID", "NRestarts")
+        state = shown["ActiveState"]
+        planned = max(pages * PAGE_BYTES, 1)
+        total += planned
+        if state == "active":
+            done += planned
+        elif state == "activating" and shown["SubState"] != "auto-restart" and shown["NRestarts"] == "0":
+            waiting.append(number)
+            done += min(hugetlb_bytes(int(shown["MainPID"])), planned - 1)
+        else:
+            journal = subprocess.run(
+                ["journalctl", "--no-pager", "--output=cat", "--lines=30", f"--unit={unit(number)}"],
+                check=False,
+                capture_output=True,
+                text=True,
+            ).stdout
+            print(f"{unit(number)} is {state} ({shown['SubState']}); its last lines:\n{journal}", file=sys.stderr)
+            return 1
+    message = f"waiting for {', '.join(unit(number) for number in waiting)}" if waiting else "ready"
+    line = {"phase": "load", "done": done, "total": total, "unit": "bytes", "message": message, "updated": time.time()}
+    print(json.dumps(line))
+    return 0
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Return instance and pages of ``N:P``."""
+    number, _, pages = text.partition(":")
+    return int(number), int(pages or 0)
+
+
+def main() -> int:
+    """Run one of the helpers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("digest", "record"):
+        commands.add_parser(name).add_argument("number", type=int)
+    wait = commands.add_parser("wait-ready")
+    wait.add_argument("--url", required=True)
+    wait.add_argument("--pid", type=int, required=True)
+    commands.add_parser("status").add_argument("wanted", type=pair, nargs="+")
+    options = parser.parse_args()
+    if options.command == "digest":
+        print(digest(options.number))
+    elif options.command == "record":
+        record(options.number)
+    elif options.command == "wait-ready":
+        return wait_ready(options.url, options.pid)
+    else:
+        return status(options.wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
