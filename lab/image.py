@@ -87,17 +87,43 @@ def build(release: str) -> Path:
         if path.exists():
             return path
         for stale in path.parent.glob(f".work-{release}-*"):
+            _detach(stale)
             shutil.rmtree(stale, ignore_errors=True)
         say(f"making the disk image of Debian {release} (about a minute)")
         begin = time.monotonic()
         work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".work-{release}-"))
         try:
             result = _make(release, base, files, work)
+            os.replace(work / "vmlinuz", kernel(path))
             os.replace(result, path)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         say(f"disk image ready after {time.monotonic() - begin:.0f} s: {path.stat().st_size >> 20} MiB")
     return path
+
+
+def kernel(path: Path) -> Path:
+    """Return the copy of an image's kernel that lies beside it, for probes that boot without the disk."""
+    return path.with_suffix(".vmlinuz")
+
+
+def sweep() -> None:
+    """Remove what builds that were killed left: work folders, and loop devices that still hold a deleted disk."""
+    images = folder("images")
+    for stale in images.glob(".work-*"):
+        release = stale.name.split("-")[1]
+        with lock(f"image-{release}"):
+            _detach(stale)
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _detach(work: Path) -> None:
+    argv = ["losetup", "--noheadings", "--raw", "--list", "--output", "NAME,BACK-FILE"]
+    listed = subprocess.run(argv, check=False, capture_output=True, text=True, env=_environment()).stdout
+    for line in listed.splitlines():
+        name, _, file = line.partition(" ")
+        if file.startswith(str(work)):
+            subprocess.run(["losetup", "--detach", name], check=False, env=_environment())
 
 
 def _make(release: str, base: Path, files: Mapping[str, tuple[int, str]], work: Path) -> Path:

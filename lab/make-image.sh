@@ -119,5 +119,6 @@ chroot "$root" systemctl -q enable systemd-networkd systemd-resolved ssh
 
 rm -f "$root/tmp/early.cfg" "$root/tmp/bootx64.efi" "$root/etc/resolv.conf"
 ln -s ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
+cp --dereference "$root/vmlinuz" "$(dirname "$disk")/vmlinuz"
 fstrim "$root" 2>/dev/null || true
 umount "$root/proc" "$root/sys" "$root/dev" "$root"

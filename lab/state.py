@@ -293,12 +293,13 @@ def spawn(
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
+    directory: Path | None = None,
 ) -> Process:
     """Start a program that outlives this one, and return it; its pid is on disk before its first instruction.
 
     The program gets its own session (Ctrl-C in the lab does not reach it), no stdin, and ``log`` (default
-    hosts/NAME/ROLE.log, appended) as stdout and stderr. Its environment carries ENVIRONMENT_MARK=<host's folder>.
-    If the lab dies between fork and record, the child sees the pipe close and never runs the program.
+    hosts/NAME/ROLE.log, appended) as stdout and stderr; it starts in ``directory`` if one is given. Its
+    environment carries ENVIRONMENT_MARK=<host's folder>. If the lab dies between fork and record, the child sees the pipe close and never runs the program.
     """
     host.directory.mkdir(parents=True, exist_ok=True)
     path = log or host.directory / f"{role}.log"
@@ -321,6 +322,8 @@ def spawn(
             os.dup2(nothing, 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            if directory is not None:
+                os.chdir(directory)
             for descriptor in pass_fds:
                 os.set_inheritable(descriptor, True)
             os.execve(program, list(argv), surroundings)
@@ -345,22 +348,32 @@ def spawn(
     return process
 
 
-def host_processes(name: str) -> list[Process]:
-    """Return every running process whose environment carries the host's mark, found by reading /proc."""
-    mark = f"{ENVIRONMENT_MARK}={host_directory(name)}".encode()
-    found = []
+def _marked_processes() -> Iterator[tuple[str, Process]]:
+    """Yield (host's folder, process) for every running process that :func:`spawn` marked, or a child of one."""
+    start = f"{ENVIRONMENT_MARK}=".encode()
     for entry in os.listdir("/proc"):
-        if not entry.isdigit():
+        if not entry.isdigit() or int(entry) == os.getpid():
             continue
         try:
             environment = Path(f"/proc/{entry}/environ").read_bytes()
         except OSError:
             continue
-        if mark in environment.split(b"\0"):
-            ticks = start_ticks(int(entry))
-            if ticks is not None and int(entry) != os.getpid():
-                found.append(Process(role="stray", pid=int(entry), start_ticks=ticks, boot_id=boot_id()))
-    return found
+        for setting in environment.split(b"\0"):
+            ticks = start_ticks(int(entry)) if setting.startswith(start) else None
+            if ticks is not None:
+                process = Process(role="stray", pid=int(entry), start_ticks=ticks, boot_id=boot_id())
+                yield os.fsdecode(setting[len(start) :]), process
+
+
+def host_processes(name: str) -> list[Process]:
+    """Return every running process whose environment carries the host's mark, found by reading /proc."""
+    return [process for directory, process in _marked_processes() if directory == str(host_directory(name))]
+
+
+def lab_processes() -> list[Process]:
+    """Return every running process of this lab, whichever host's mark it carries."""
+    hosts = str(lab_home() / "hosts") + os.sep
+    return [process for directory, process in _marked_processes() if directory.startswith(hosts)]
 
 
 def stop_processes(host: Host, grace_s: float = 5.0) -> None:
@@ -419,7 +432,16 @@ class Kind(Protocol):
         """Keep the host's present state under a name (replaces one of that name); adds it to host.snapshots."""
 
     def reset(self, host: Host, name: str) -> None:
-        """Return to a kept state. ``name`` is in host.snapshots; the caller waits for ssh and sets the clock."""
+        """Return to a kept state. ``name`` is in host.snapshots; the caller waits for ssh and calls ``settle``."""
+
+    def settle(self, host: Host) -> None:
+        """Finish what needs ssh, once it answers after ``up`` or ``reset``: hostname, clock."""
+
+    def restart(self, host: Host) -> None:
+        """Press the reset button (VM), or start the running host anew as hard as the kind can."""
+
+    def forward(self, host: Host, local_port: int, port: int) -> None:
+        """Lead a port of 127.0.0.1 to a port of the running host; the caller adds it to host.forwards."""
 
     def console(self, host: Host) -> None:
         """Connect the terminal to the host's console until the user leaves."""

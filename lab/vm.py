@@ -1,0 +1,402 @@
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Virtual machines: QEMU with a real GRUB on the disk, two NUMA nodes, 1 GiB pages and twelve DIMMs.
+
+A host's folder holds its disk (an overlay on the cached image, which is linked in, so that an emptied cache does not
+take running hosts with it), the console's log, and the sockets of console and QMP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lab import image, rootfs, smbios, ssh
+from lab.state import (
+    Host,
+    LabError,
+    boot_id,
+    lab_home,
+    lock,
+    process_alive,
+    say,
+    spawn,
+    stop_process,
+    stop_processes,
+    write_json,
+)
+
+DEFAULT_MEMORY_GIB = 10
+MEMORY_GIB = (2, 16)
+CPUS = (1, 16)
+FIRMWARES = ("bios", "uefi")
+PROGRAM = "qemu-system-x86_64"
+
+_OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+_OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a guest can tell about its hardware: everything that a saved state depends on."""
+
+    cpus: int = 2
+    memory_gib: int = DEFAULT_MEMORY_GIB
+    accelerator: str = "tcg"
+    firmware: str = "bios"
+    dimms: int = 12
+
+    @property
+    def nodes(self) -> int:
+        """Return the number of sockets, which is that of NUMA nodes: two, or one for an odd number of CPUs."""
+        return 2 if self.cpus % 2 == 0 else 1
+
+
+def machine_argv(machine: Machine) -> list[str]:
+    """Return QEMU's arguments for the hardware; files are named relative to the host's folder."""
+    mib = machine.memory_gib * 1024 // machine.nodes
+    cores = machine.cpus // machine.nodes
+    accelerator = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
+    argv = ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
+    argv += ["-machine", "q35,usb=off,vmport=off,smbus=off,hpet=off", "-accel", accelerator, "-cpu", "max"]
+    argv += ["-smp", f"cpus={machine.cpus},sockets={machine.nodes},cores={cores},threads=1"]
+    argv += ["-m", f"{machine.memory_gib}G"]
+    for node in range(machine.nodes):
+        argv += ["-object", f"memory-backend-ram,id=memory{node},size={mib}M,prealloc=off"]
+        argv += ["-numa", f"node,nodeid={node},memdev=memory{node}"]
+    for node in range(machine.nodes):
+        argv += ["-numa", f"cpu,node-id={node},socket-id={node}"]
+    if machine.nodes == 2:
+        argv += ["-numa", "dist,src=0,dst=1,val=32"]
+    for number in range(machine.dimms):
+        argv += ["-smbios", f"file=dimm{number}.bin"]
+    if machine.firmware == "uefi":
+        argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={_OVMF_CODE}"]
+        argv += ["-drive", "if=pflash,unit=1,format=qcow2,file=variables.qcow2"]
+    return argv
+
+
+def host_argv(host: Host) -> list[str]:
+    """Return QEMU's arguments for one host's disk, network, console and control socket."""
+    forwards = [[host.ssh_port, 22], *host.forwards]
+    rules = "".join(f",hostfwd=tcp:127.0.0.1:{local}-:{port}" for local, port in forwards)
+    digest = hashlib.sha256(host.name.encode()).hexdigest()
+    argv = ["-name", f"{host.name},process=cpullm-lab-{host.name}"[:60]]
+    # The host's page cache outlives a killed QEMU, so what the guest flushed is safe without fsync on this machine's
+    # own disk; what the guest did not flush is lost with its memory. That is a power cut, at the price of no fsync.
+    argv += ["-drive", "if=none,id=disk,file=disk.qcow2,format=qcow2,cache=unsafe,discard=unmap,detect-zeroes=unmap"]
+    argv += ["-device", "virtio-blk-pci,drive=disk,bootindex=1"]
+    argv += ["-netdev", f"user,id=net{rules}"]
+    argv += ["-device", f"virtio-net-pci,netdev=net,romfile=,mac=52:54:00:{digest[:2]}:{digest[2:4]}:{digest[4:6]}"]
+    argv += ["-device", "virtio-rng-pci"]
+    argv += ["-chardev", "socket,id=console,path=console.sock,server=on,wait=off,logfile=console.log,logappend=on"]
+    argv += ["-serial", "chardev:console", "-qmp", "unix:qmp.sock,server=on,wait=off"]
+    return argv
+
+
+def check(machine: Machine) -> None:
+    """Raise LabError for a machine that cannot be made."""
+    if not MEMORY_GIB[0] <= machine.memory_gib <= MEMORY_GIB[1]:
+        raise LabError(f"memory {machine.memory_gib} GiB: a VM takes {MEMORY_GIB[0]} to {MEMORY_GIB[1]} GiB")
+    if not CPUS[0] <= machine.cpus <= CPUS[1]:
+        raise LabError(f"{machine.cpus} CPUs: a VM takes {CPUS[0]} to {CPUS[1]}")
+    if machine.firmware not in FIRMWARES:
+        raise LabError(f"firmware {machine.firmware!r}: expected one of {', '.join(FIRMWARES)}")
+    if machine.firmware == "uefi" and not _OVMF_CODE.exists():
+        raise LabError(f"{_OVMF_CODE} is missing; install with: apt-get install --no-install-recommends ovmf")
+
+
+# --- QEMU's control socket -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(directory: Path, name: str) -> Iterator[socket.socket]:
+    """Connect to a unix socket in a folder whose path may be longer than the 107 bytes of a socket's address."""
+    handle = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(f"/proc/self/fd/{handle}/{name}")
+            yield connection
+    finally:
+        os.close(handle)
+
+
+class Qmp:
+    """A connection to QEMU's machine protocol; commands in, results out, events dropped."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        connection.settimeout(timeout_s)
+        self._file = connection.makefile("rw", encoding="utf-8")
+        json.loads(self._file.readline())
+        self.command("qmp_capabilities")
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        """Return the result of a command; raise LabError with QEMU's words if it refuses."""
+        self._file.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+        self._file.flush()
+        while True:
+            line = self._file.readline()
+            if not line:
+                raise LabError(f"QEMU closed the control socket during {name}")
+            answer = json.loads(line)
+            if "error" in answer:
+                raise LabError(f"QEMU refused {name}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def human(self, line: str) -> None:
+        """Run a command of QEMU's human monitor, which prints only when something is wrong."""
+        output = self.command("human-monitor-command", **{"command-line": line}).strip()
+        if output:
+            raise LabError(f"QEMU refused {line!r}: {output}")
+
+
+@contextlib.contextmanager
+def qmp(host: Host, timeout_s: float = 300) -> Iterator[Qmp]:
+    """Connect to the QEMU of a running host."""
+    try:
+        with connected(host.directory, "qmp.sock") as connection:
+            yield Qmp(connection, timeout_s)
+    except OSError as error:
+        raise LabError(f"{host.name}: QEMU's control socket does not answer: {error}") from error
+
+
+# --- the accelerator -------------------------------------------------------------------------------------------------
+
+
+def accelerator(kernel: Path) -> str:
+    """Return "kvm" if this machine's KVM boots that kernel to its first line within 10 s, else "tcg".
+
+    A /dev/kvm that opens proves nothing under nested virtualisation. The verdict is kept until the machine reboots.
+    """
+    verdict = lab_home() / "accelerator.json"
+    with lock("accelerator"):
+        try:
+            known = json.loads(verdict.read_text(encoding="utf-8"))
+            if known["boot_id"] == boot_id():
+                return str(known["accelerator"])
+        except (OSError, ValueError, KeyError):
+            pass
+        found = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) and _kvm_boots(kernel) else "tcg"
+        write_json(verdict, {"boot_id": boot_id(), "accelerator": found})
+    return found
+
+
+def _kvm_boots(kernel: Path) -> bool:
+    argv = ["setpriv", "--pdeathsig", "KILL", PROGRAM, "-nodefaults", "-no-user-config", "-display", "none"]
+    argv += ["-machine", "q35", "-accel", "kvm", "-cpu", "max", "-m", "512", "-no-reboot", "-serial", "stdio"]
+    argv += ["-kernel", str(kernel), "-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1"]
+    say("trying whether KVM works here (10 s at most)")
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as probe:
+        assert probe.stdout is not None
+        output = b""
+        deadline = time.monotonic() + 10
+        try:
+            while time.monotonic() < deadline:
+                ready, _, _ = select.select([probe.stdout], [], [], max(0.0, deadline - time.monotonic()))
+                piece = os.read(probe.stdout.fileno(), 65536) if ready else b""
+                if not piece:
+                    break
+                output += piece
+                if b"Linux version" in output:
+                    return True
+        finally:
+            probe.kill()
+    return False
+
+
+# --- the kind --------------------------------------------------------------------------------------------------------
+
+
+def machine_of(host: Host) -> Machine:
+    """Return the hardware that a host's record asks for."""
+    return Machine(
+        cpus=host.cpus,
+        memory_gib=host.memory_gib,
+        accelerator=host.extra["accelerator"],
+        firmware=host.extra.get("firmware", "bios"),
+    )
+
+
+class Vm:
+    """The kind "vm"; see lab.state.Kind."""
+
+    def prepare(self, host: Host) -> None:
+        """Fill in the defaults and refuse what cannot be made."""
+        rootfs.require_programs([PROGRAM, "qemu-img", "setpriv"])
+        host.memory_gib = host.memory_gib or DEFAULT_MEMORY_GIB
+        host.extra.setdefault("firmware", "bios")
+        check(Machine(cpus=host.cpus, memory_gib=host.memory_gib, firmware=host.extra["firmware"]))
+
+    def up(self, host: Host) -> None:
+        """Start QEMU, on a new disk if there is none."""
+        if self.alive(host):
+            return
+        if not (host.directory / "disk.qcow2").exists():
+            self._make_disk(host)
+        if "accelerator" not in host.extra:
+            host.extra["accelerator"] = accelerator(host.directory / "vmlinuz")
+        for number, table in enumerate(smbios.memory_devices(smbios.two_socket_board())):
+            (host.directory / f"dimm{number}.bin").write_bytes(table)
+        self._start(host)
+
+    def _make_disk(self, host: Host) -> None:
+        base = image.build(host.release)
+        link(base, host.directory / "base.qcow2")
+        link(image.kernel(base), host.directory / "vmlinuz")
+        overlay(host.directory, "base.qcow2", "disk.qcow2")
+        if host.extra["firmware"] == "uefi":
+            argv = ["qemu-img", "convert", "-O", "qcow2", str(_OVMF_VARIABLES), str(host.directory / "variables.qcow2")]
+            subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+
+    def _start(self, host: Host, arguments: Sequence[str] = ()) -> None:
+        stop_processes(host, 0)
+        for name in ("qmp.sock", "console.sock", "qemu.log"):
+            (host.directory / name).unlink(missing_ok=True)
+        argv = [PROGRAM, *machine_argv(machine_of(host)), *host_argv(host), *arguments]
+        process = spawn(host, "qemu", argv, directory=host.directory)
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(LabError), qmp(host, 10):
+                return
+            if not process_alive(process) or time.monotonic() > deadline:
+                raise LabError(f"{host.name}: QEMU did not start: {ssh.tail(host.directory / 'qemu.log')}")
+            time.sleep(0.05)
+
+    def down(self, host: Host) -> None:
+        """Kill QEMU."""
+        stop_processes(host, 0)
+
+    def alive(self, host: Host) -> bool:
+        """Return whether QEMU runs."""
+        return host.process("qemu") is not None
+
+    def stop(self, host: Host) -> None:
+        """Press the power button and wait until the guest is off."""
+        process = host.process("qemu")
+        if process is None:
+            return
+        with qmp(host) as control:
+            control.command("system_powerdown")
+        deadline = time.monotonic() + 120
+        while process_alive(process):
+            if time.monotonic() > deadline:
+                raise LabError(f"{host.name}: still on 120 s after the power button; 'lab power-cut {host.name} --off'")
+            time.sleep(0.2)
+        stop_processes(host, 0)
+
+    def power_cut(self, host: Host) -> None:
+        """Kill QEMU where it stands."""
+        process = host.process("qemu")
+        if process is not None:
+            stop_process(process, 0, first=signal.SIGKILL)
+        stop_processes(host, 0)
+
+    def restart(self, host: Host) -> None:
+        """Press the reset button."""
+        with qmp(host) as control:
+            control.command("system_reset")
+
+    def forward(self, host: Host, local_port: int, port: int) -> None:
+        """Add a forwarding to the running QEMU; a later start has it from the record."""
+        with qmp(host) as control:
+            control.human(f"hostfwd_add net tcp:127.0.0.1:{local_port}-:{port}")
+
+    def snapshot(self, host: Host, name: str) -> None:
+        """Keep disk and memory inside the host's disk file."""
+        if not self.alive(host):
+            raise LabError(f"{host.name}: is off; a snapshot holds the running machine: 'lab up {host.name}' first")
+        with qmp(host) as control:
+            control.human(f"savevm {name}")
+
+    def reset(self, host: Host, name: str) -> None:
+        """Return disk and memory to a snapshot; a host that is off starts there."""
+        if not self.alive(host):
+            self._start(host, ["-loadvm", name])
+            return
+        with qmp(host) as control:
+            control.human(f"loadvm {name}")
+            control.command("cont")
+
+    def settle(self, host: Host) -> None:
+        """Set the clock, which stands still in a saved state, and on the first time the name."""
+        command = f"date -s @{time.time() + 0.5:.1f} >/dev/null"
+        if not host.extra.get("named"):
+            name = host.name
+            command += f"; echo {name} > /etc/hostname; hostname {name}; echo 127.0.1.1 {name} >> /etc/hosts"
+        ssh.run(host, command)
+        host.extra["named"] = True
+        host.save()
+
+    def console(self, host: Host) -> None:
+        """Join terminal and serial port until Ctrl-]."""
+        if not self.alive(host):
+            raise LabError(f"{host.name}: is off; its console's log is {self.console_log(host)}")
+        try:
+            with connected(host.directory, "console.sock") as connection:
+                print("lab: the serial console; leave with Ctrl-]", file=sys.stderr)
+                _converse(connection)
+        except OSError as error:
+            raise LabError(f"{host.name}: the console is taken or gone: {error}") from error
+
+    def console_log(self, host: Host) -> Path:
+        """Return the log of the serial port."""
+        return host.directory / "console.log"
+
+
+def link(source: Path, target: Path) -> None:
+    """Make a hard link, replacing what is there."""
+    target.unlink(missing_ok=True)
+    os.link(source, target)
+
+
+def overlay(directory: Path, base: str, name: str) -> None:
+    """Make a qcow2 disk that holds only the differences to a base in the same folder."""
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", name]
+    subprocess.run(argv, cwd=directory, check=True, stdin=subprocess.DEVNULL)
+
+
+def _converse(connection: socket.socket) -> None:
+    leave = b"\x1d"
+    source = sys.stdin.fileno()
+    saved = termios.tcgetattr(source) if os.isatty(source) else None
+    try:
+        if saved is not None:
+            tty.setraw(source)
+        while True:
+            ready, _, _ = select.select([source, connection], [], [])
+            if connection in ready:
+                data = connection.recv(65536)
+                if not data:
+                    return
+                os.write(sys.stdout.fileno(), data)
+            if source in ready:
+                data = os.read(source, 4096)
+                before, found, _ = data.partition(leave)
+                connection.sendall(before)
+                if found or not data:
+                    return
+    finally:
+        if saved is not None:
+            termios.tcsetattr(source, termios.TCSADRAIN, saved)
+
+
+KIND = Vm()
+
