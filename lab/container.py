@@ -34,6 +34,7 @@ ROLE = "supervisor"
 PROGRAMS = ("systemd-nspawn", "unshare", "nsenter", "mount", "tar", "cp", *network.PROGRAMS)
 BOOT_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
+SETTLE_TIMEOUT_S = 20
 DEB_CACHE = "/var/cache/cpullm-lab-debs"
 KEEP_DEBS = "/usr/local/lib/cpullm-lab/keep-debs"
 
@@ -510,6 +511,19 @@ class Container:
         if host.extra["overlay"]:
             (host.directory / "work").mkdir()
         self.up(host)
+
+    def settle(self, host: Host) -> None:
+        """Wait for the end of the boot, which ssh is ahead of; a unit that takes long is not waited for."""
+        ssh.run(host, f"timeout {SETTLE_TIMEOUT_S} systemctl is-system-running --wait >/dev/null 2>&1; true")
+
+    def restart(self, host: Host) -> None:
+        """End every process at once and boot again."""
+        self._end(host)
+        self.up(host)
+
+    def forward(self, host: Host, local_port: int, port: int) -> None:
+        """Lead a port of 127.0.0.1 to a port of the running container."""
+        network.add_forward(host.name, local_port, port)
 
     def console(self, host: Host) -> None:
         """Give the user a root shell in the container that needs no network."""
