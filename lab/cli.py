@@ -230,7 +230,9 @@ def parse_forward(text: str) -> tuple[int, int]:
     except ValueError:
         pair = (-1, -1)
     if not (0 <= pair[0] <= 65535 and 1 <= pair[1] <= 65535):
-        raise LabError(f"forward {text!r}: expected PORT or LOCAL:PORT with ports up to 65535, such as 8008 or 18008:8008")
+        raise LabError(
+            f"forward {text!r}: expected PORT or LOCAL:PORT with ports up to 65535, such as 8008 or 18008:8008"
+        )
     return pair
 
 
@@ -286,7 +288,8 @@ def _remove(name: str) -> None:
 
 def _sweep() -> None:
     """Clear away what a crash left without a record: processes, namespaces, pages, half-made images."""
-    from lab import container, image, pages as machine  # noqa: PLC0415 - only this command needs all of them
+    from lab import container, image  # noqa: PLC0415 - only this command needs all of them
+    from lab import pages as machine  # noqa: PLC0415
 
     for process in state.lab_processes():
         say(f"ending process {process.pid}, which no host owns")

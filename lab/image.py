@@ -145,7 +145,9 @@ def _make(release: str, base: Path, files: Mapping[str, tuple[int, str]], work: 
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False, env=_environment()
         )
     if done.returncode != 0:
-        raise LabError(f"making the image of {release} failed with {done.returncode}; {log} ends with:\n{ssh.tail(log)}")
+        raise LabError(
+            f"making the image of {release} failed with {done.returncode}; {log} ends with:\n{ssh.tail(log)}"
+        )
     result = work / "disk.qcow2"
     convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(result)]
     subprocess.run(convert, check=True, stdin=subprocess.DEVNULL)

@@ -128,7 +128,8 @@ def require_programs(names: Sequence[str]) -> None:
         words = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
         wanted = " ".join(word for word in words if word and not word.startswith("#"))
         raise LabError(
-            f"missing on this machine: {', '.join(missing)}; install with: apt-get install --no-install-recommends {wanted}"
+            f"missing on this machine: {', '.join(missing)}; "
+            f"install with: apt-get install --no-install-recommends {wanted}"
         )
     if os.geteuid() != 0:
         raise LabError("the lab needs root (it makes file systems, mounts and namespaces): run it as root or with sudo")

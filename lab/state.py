@@ -298,8 +298,9 @@ def spawn(
     """Start a program that outlives this one, and return it; its pid is on disk before its first instruction.
 
     The program gets its own session (Ctrl-C in the lab does not reach it), no stdin, and ``log`` (default
-    hosts/NAME/ROLE.log, appended) as stdout and stderr; it starts in ``directory`` if one is given. Its
-    environment carries ENVIRONMENT_MARK=<host's folder>. If the lab dies between fork and record, the child sees the pipe close and never runs the program.
+    hosts/NAME/ROLE.log, appended) as stdout and stderr; it starts in ``directory`` if one is given. Its environment
+    carries ENVIRONMENT_MARK=<host's folder>. If the lab dies between fork and record, the child sees the pipe close
+    and never runs the program.
     """
     host.directory.mkdir(parents=True, exist_ok=True)
     path = log or host.directory / f"{role}.log"
@@ -326,7 +327,7 @@ def spawn(
                 os.chdir(directory)
             for descriptor in pass_fds:
                 os.set_inheritable(descriptor, True)
-            os.execve(program, list(argv), surroundings)
+            os.execve(program, list(argv), surroundings)  # noqa: S606 - a shell would be one process more
         except OSError as error:
             os.write(output, f"cannot start {program}: {error}\n".encode())
         finally:

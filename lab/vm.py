@@ -204,22 +204,22 @@ def _kvm_boots(kernel: Path) -> bool:
     argv += ["-machine", "q35", "-accel", "kvm", "-cpu", "max", "-m", "512", "-no-reboot", "-serial", "stdio"]
     argv += ["-kernel", str(kernel), "-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1"]
     say("trying whether KVM works here (10 s at most)")
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as probe:
-        assert probe.stdout is not None
-        output = b""
-        deadline = time.monotonic() + 10
+    reader, writer = os.pipe()
+    output = b""
+    deadline = time.monotonic() + 10
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.DEVNULL) as probe:
+        os.close(writer)
         try:
-            while time.monotonic() < deadline:
-                ready, _, _ = select.select([probe.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                piece = os.read(probe.stdout.fileno(), 65536) if ready else b""
+            while b"Linux version" not in output and time.monotonic() < deadline:
+                ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+                piece = os.read(reader, 65536) if ready else b""
                 if not piece:
                     break
                 output += piece
-                if b"Linux version" in output:
-                    return True
         finally:
             probe.kill()
-    return False
+            os.close(reader)
+    return b"Linux version" in output
 
 
 # --- the kind --------------------------------------------------------------------------------------------------------
@@ -399,4 +399,3 @@ def _converse(connection: socket.socket) -> None:
 
 
 KIND = Vm()
-
