@@ -89,16 +89,16 @@ def cached_artifact(cache: Path, identifier: str) -> tuple[Path, str | None]:
 
 
 def source_path(cache: Path, source: Source) -> Path:
-    """Return where the cache keeps a source. The pin is part of the name: versions never mix."""
+    """Return where the cache keeps a source: sdists under their own name, others under one that holds the pin."""
     if source.type == "archive":
         return Path(source.location)
-    if source.type == "git":
-        name = "git.tar.gz"
-    elif source.type == "sdist":
+    if source.type == "sdist":
         name = f"{source.location.replace('-', '_')}-{source.version}.tar.gz"
+    elif source.type == "git":
+        name = f"{source.digest}.tar.gz"
     else:
-        name = Path(source.location.split("?")[0]).name or "archive"
-    return cache / "sdist" / f"{source.digest[:16]}-{name}"
+        name = f"{source.digest[:16]}-{Path(source.location.split('?')[0]).name or 'archive'}"
+    return cache / "sdist" / name
 
 
 def source_digest(cache: Path, source: Source) -> str | None:
