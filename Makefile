@@ -1,0 +1,69 @@
+# Everything an operator or a developer does with a clone. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+export CPULLM_CACHE ?= $(HOME)/.cache/cpullm
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+export ANSIBLE_HOME ?= $(CPULLM_CACHE)/ansible
+# What other settings of this machine say must not decide a test.
+unexport ANSIBLE_COLLECTIONS_PATH
+
+.PHONY: help
+help: ## List what can be made
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+## ---- set-up
+
+.PHONY: setup
+setup: $(VENV)/.complete ## Install Debian packages and the virtual environment
+
+$(VENV)/.complete: requirements/apt.txt lab/packages.txt requirements/run.txt requirements/test.txt
+	@tools/setup.sh $(VENV)
+	@touch $@
+
+## ---- the main job
+
+.PHONY: demo demo-ssh demo-down
+demo: setup ## The whole job in a throwaway VM, ending with a served completion
+	@python -m lab.demo up
+
+demo-ssh: ## Look around in the demo's VM
+	@python -m lab.demo ssh
+
+demo-down: ## Remove the demo's VM
+	@python -m lab.demo down
+
+## ---- tests
+
+.PHONY: test
+test: setup ## Everything that CI runs
+	@tools/run_tests.sh all
+
+.PHONY: lint unit sanity next engine lab molecule
+lint unit sanity next engine lab molecule: setup ## One part of the tests
+	@tools/run_tests.sh $@
+
+## ---- measurements
+
+.PHONY: bench results
+bench: setup engine ## Measure, and keep the results in bench/results/
+	@for program in bench/[!_]*.py; do echo "== $$program"; python "$$program"; done
+
+results: ## Show the kept results
+	@python3 tools/results.py
+
+## ---- upkeep
+
+.PHONY: collection lab-down clean
+collection: setup ## Build the collection's tarball in build/
+	@ansible-galaxy collection build --force --output-path build
+
+lab-down: ## Stop and remove every host of the lab, and give back its pages
+	@python3 -m lab down --all
+
+clean: lab-down ## Remove what was made in the clone; caches outside it stay
+	rm -rf build .venv .venv-next
