@@ -71,7 +71,7 @@ def rows(variables: Mapping[str, Any]) -> list[tuple[str, ...]]:
     found = {
         entry["instance"]: entry for entry in (variables.get("__systemd_service_serving") or {}).get("instances", [])
     }
-    table = []
+    table: list[tuple[str, ...]] = []
     for entry in plan["instances"]:
         seen = found.get(entry["instance"], {})
         rate = seen.get("tokens_per_s")

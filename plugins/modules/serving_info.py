@@ -202,9 +202,7 @@ def observe(module: AnsibleModule, wanted: dict[str, Any], key: str | None) -> d
         address = f"{wanted['url']}/v1/chat/completions"
         if key is not None:
             found["without_key"] = request(address, timeout_s=30, payload=payload, ca_file=options["ca_file"]).status
-        answer = request(
-            address, timeout_s=options["timeout_s"], payload=payload, key=key, ca_file=options["ca_file"]
-        )
+        answer = request(address, timeout_s=options["timeout_s"], payload=payload, key=key, ca_file=options["ca_file"])
         found["text"] = chat_text(answer.body)
         found["tokens_per_s"] = decode_rate(answer.body)
         if answer.status != 200:

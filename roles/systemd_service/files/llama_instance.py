@@ -92,8 +92,8 @@ def hugetlb_bytes(pid: int) -> int:
     return 0
 
 
-def status(wanted: list[tuple[int, int]]) -> int:
-    """Print how far the instances are; return 1, with the journal's last lines, when one of them failed."""
+def status(wanted: list[tuple[int, int]]) -> None:
+    """Print how far the instances are, or the journal's last lines of one that failed."""
     done = total = 0
     waiting = []
     for number, pages in wanted:
@@ -113,12 +113,12 @@ def status(wanted: list[tuple[int, int]]) -> int:
                 capture_output=True,
                 text=True,
             ).stdout
-            print(f"{unit(number)} is {state} ({shown['SubState']}); its last lines:\n{journal}", file=sys.stderr)
-            return 1
+            said = f"{unit(number)} is {state} ({shown['SubState']}); its last lines:\n{journal}"
+            print(json.dumps({"phase": "failed", "done": 0, "total": None, "message": said, "updated": time.time()}))
+            return
     message = f"waiting for {', '.join(unit(number) for number in waiting)}" if waiting else "ready"
     line = {"phase": "load", "done": done, "total": total, "unit": "bytes", "message": message, "updated": time.time()}
     print(json.dumps(line))
-    return 0
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def main() -> int:
     elif options.command == "wait-ready":
         return wait_ready(options.url, options.pid)
     else:
-        return status(options.wanted)
+        status(options.wanted)
     return 0
 
 
