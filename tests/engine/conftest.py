@@ -1,0 +1,125 @@
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A built engine, its patched source, a small model and the machine's own 1 GiB pages.
+
+Nothing here is skipped: an engine, a model or a page that is missing is a failed test. The environment says where
+things are when they are not where the collection puts them:
+
+- CPULLM_ENGINE_BIN: the engine's bin directory, default /opt/llama.cpp/current/bin;
+- CPULLM_ENGINE_SOURCE: the pinned sdist, default in the sdist folder of the cache;
+- CPULLM_ENGINE_MODEL: the first shard of the model, default tests/models/recite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.harness import Model, Pool, Servers, cache, open_to_all
+
+CLONE = Path(__file__).resolve().parents[2]
+PATCHES = CLONE / "patches" / "llama-cpp-python-0.3.36"
+SDIST = "llama_cpp_python-0.3.36"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder: none runs without an engine or its source."""
+    for item in items:
+        if Path(item.path).is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """The machine's 1 GiB pages; what a test reserved is given back after it."""
+    it = Pool()
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    """The directory of the engine's programs."""
+    path = Path(os.environ.get("CPULLM_ENGINE_BIN", "/opt/llama.cpp/current/bin"))
+    assert (path / "llama-server").is_file(), f"no llama-server in {path}: build the engine, or set CPULLM_ENGINE_BIN"
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """A private copy of the small model, for a test to damage."""
+    default = sorted((CLONE / "tests" / "models" / "recite").glob("*-00001-of-*.gguf"))
+    first = Path(os.environ.get("CPULLM_ENGINE_MODEL") or (default[0] if default else CLONE / "missing"))
+    assert first.is_file(), "no model in tests/models/recite: set CPULLM_ENGINE_MODEL to a first shard"
+    folder = open_to_all(tmp_path) / "model"
+    folder.mkdir(mode=0o755)
+    shards = sorted(first.parent.glob(first.name.replace("-00001-of-", "-*-of-")))
+    for shard in shards:
+        shutil.copyfile(shard, folder / shard.name)
+    return Model(tuple(folder / shard.name for shard in shards))
+
+
+@pytest.fixture
+def servers(engine: Path, tmp_path: Path) -> Iterator[Servers]:
+    """Start llama-server; whatever runs is ended after the test."""
+    it = Servers(engine, tmp_path)
+    try:
+        yield it
+    finally:
+        for server in it.running:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def patched_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pinned source with our patches: as the build applies them, and not one line fuzzy."""
+    archive = Path(os.environ.get("CPULLM_ENGINE_SOURCE") or cache() / "sdist" / f"{SDIST}.tar.gz")
+    assert archive.is_file(), f"no {archive}: fetch the pinned sdist, or set CPULLM_ENGINE_SOURCE"
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert found == SDIST_SHA256, f"{archive}: sha256 {found}, expected {SDIST_SHA256}"
+    root = tmp_path_factory.mktemp("source")
+    top = f"{SDIST}/vendor/llama.cpp/"
+    wanted = (f"{top}src/", f"{top}include/", f"{top}ggml/include/")
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar if member.isfile() and member.name.startswith(wanted)]
+        for member in members:
+            target = root / member.name.removeprefix(top)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = tar.extractfile(member)
+            assert content is not None
+            target.write_bytes(content.read())
+    series = sorted(PATCHES.glob("*.patch"))
+    assert series, f"no patch in {PATCHES}"
+    for patch in series:
+        command = ["patch", "-p1", "--fuzz=0", "--batch", "--forward", "--no-backup-if-mismatch", "-i", str(patch)]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{patch.name}: {result.stdout}{result.stderr}"
+        assert "offset" not in result.stdout, f"{patch.name}: {result.stdout}"
+    return root
+
+
+@pytest.fixture(scope="session")
+def mmap_check(patched_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that drives llama_mmap without a model."""
+    program = tmp_path_factory.mktemp("check") / "mmap_check"
+    source = patched_source / "src"
+    command = [
+        *("c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"),
+        *(f"-I{source}", f"-I{patched_source / 'include'}", f"-I{patched_source / 'ggml' / 'include'}"),
+        *(str(Path(__file__).with_name("mmap_check.cpp")), str(source / "llama-mmap.cpp")),
+        *(str(source / "llama-hugepages.cpp"), "-o", str(program), "-pthread"),
+        "-Wl,--wrap=pread,--wrap=madvise",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return program
