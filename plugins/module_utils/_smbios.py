@@ -509,10 +509,12 @@ def place(raw: list[Slot], processors: int, maker: str | None) -> tuple[tuple[Sl
     dell = bool(maker) and str(maker).lower().startswith("dell")
     by_locator = [parse_label(slot.locator, dell) for slot in raw]
     by_bank = [parse_label(slot.bank_locator, False) for slot in raw]
-    if not _distinct(by_locator, [slot.bank_locator for slot in raw]):
+    locators_differ = _distinct(by_locator, by_bank, [slot.bank_locator for slot in raw])
+    banks_differ = _distinct(by_bank, by_locator, [slot.locator for slot in raw])
+    if not locators_differ:
         notes.append("locators repeat and do not tell where a slot is")
         by_locator = [_SILENT] * len(raw)
-    if not _distinct(by_bank, [slot.locator for slot in raw]):
+    if not banks_differ:
         notes.append("bank locators repeat and do not tell where a slot is")
         by_bank = [_SILENT] * len(raw)
 
@@ -595,13 +597,17 @@ def processor_sockets(designations: list[str | None]) -> list[int | None]:
     return socket_indices(numbers, len(designations))
 
 
-def _distinct(labels: list[_Label], others: list[str | None]) -> bool:
-    """Return whether no two labels that say something name one place; the other label stands in for a lacking slot."""
+def _distinct(labels: list[_Label], others: list[_Label], texts: list[str | None]) -> bool:
+    """Return whether no two labels that say something name one place.
+
+    What a label does not say, the other one of its slot stands in for: its socket, and its text for the slot.
+    """
     seen = set()
-    for label, other in zip(labels, others):
+    for label, other, text in zip(labels, others, texts):
         if label == _SILENT:
             continue
-        key = (label.socket, label.node, label.channel, label.slot if label.slot is not None else f"other {other}")
+        socket = other.socket if label.socket is None else label.socket
+        key = (socket, label.node, label.channel, f"other {text}" if label.slot is None else label.slot)
         if key in seen:
             return False
         seen.add(key)
@@ -642,7 +648,7 @@ def _from_zero(
     """Return the channels with the index counted from 0 in each socket.
 
     Boards letter the second socket's channels A, B, ... again, or go on where the first socket stopped (A to L, then M
-    to X). In the second case the offset is certain only where both have the same number of channels, side by side.
+    to X). In the second case the offset is certain only where both list the same number of channels, without a gap.
     """
     sets: dict[int, set[int]] = {}
     for socket, (index, _label) in zip(sockets, channels):
@@ -650,11 +656,11 @@ def _from_zero(
             sets.setdefault(socket, set()).add(index)
     offsets: dict[int, int | None] = {}
     for socket in sorted(sets):
-        before = sets.get(socket - 1)
-        if before is None or min(sets[socket]) <= max(before):
+        own, before = sets[socket], sets.get(socket - 1)
+        if before is None or min(own) <= max(before):
             offsets[socket] = 0
-        elif min(sets[socket]) == max(before) + 1 and len(sets[socket]) == len(before):
-            offsets[socket] = min(sets[socket])
+        elif 1 < len(own) == max(own) - max(before) and own == {index + len(own) for index in before}:
+            offsets[socket] = min(own)
         else:
             offsets[socket] = None
     shifted: list[tuple[int | None, str | None]] = []

@@ -108,7 +108,7 @@ ansible_facts:
           elements: str
           sample: []
         arrays:
-          description: Memory arrays (type 16), in the order of the table. Boards have one for all slots or one per socket.
+          description: Memory arrays (type 16), in the order of the table. A board has one, or one per socket.
           type: list
           elements: dict
           contains:
