@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Runs the parts of the tests, each with its time, and stops at the first that fails.
+# usage: run_tests.sh all | PART ...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${CPULLM_CACHE:=$HOME/.cache/cpullm}"
+
+parts=(lint unit next sanity engine lab molecule)
+
+lint() {
+  ruff check .
+  ruff format --check .
+  mypy lab plugins tools bench roles/*/files
+  yamllint --strict .
+  git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+  ansible-lint
+  ansible-playbook --syntax-check -i inventories/example site.yml playbooks/*.yml
+}
+
+unit() {
+  python -m pytest -q tests/unit tests/repo
+}
+
+# The quick checks on the newest ansible-core that a Python of this machine runs.
+next() {
+  local python='' candidate
+  for candidate in python3.14 python3.13 python3.12 "$HOME"/.pyenv/versions/3.1[234]*/bin/python; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+  if [ -z "$python" ]; then
+    echo "next: no Python 3.12 or newer here, which ansible-core 2.21 needs; checked with 2.19 alone"
+    return
+  fi
+  local venv=$PWD/.venv-next
+  if [ ! -e "$venv/.complete" ] || [ requirements/next.txt -nt "$venv/.complete" ]; then
+    "$python" -m venv --clear "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement requirements/next.txt 2>&1 | grep -v '^WARNING: Location' || true
+    touch "$venv/.complete"
+  fi
+  "$venv/bin/ansible" --version | head -1
+  PATH=$venv/bin:$PATH "$venv/bin/python" -m pytest -q tests/unit -p no:cacheprovider
+  PATH=$venv/bin:$PATH "$venv/bin/ansible-playbook" --syntax-check -i inventories/example site.yml playbooks/*.yml
+}
+
+sanity() {
+  tools/sanity.sh
+}
+
+# The engine for this machine's CPU, built by the role as an operator's controller would.
+engine() {
+  ansible-playbook -i inventories/local tests/engine/build.yml
+  CPULLM_ENGINE=$CPULLM_CACHE/engine/current python -m pytest -q tests/engine
+}
+
+lab() {
+  python -m pytest -q tests/acceptance -m lab
+}
+
+molecule() {
+  local scenario
+  for scenario in molecule/*/molecule.yml; do
+    scenario=$(basename "$(dirname "$scenario")")
+    timed "molecule $scenario" command molecule test --scenario-name "$scenario"
+  done
+}
+
+timed() {
+  local begin=$SECONDS
+  echo "==> $1"
+  "${@:2}"
+  echo "==> $1: $((SECONDS - begin)) s"
+}
+
+# Whatever happened: nothing of the lab stays.
+clean() {
+  python3 -m lab down --all >/dev/null 2>&1 || true
+}
+
+if [ "${1:-all}" = all ]; then set -- "${parts[@]}"; fi
+trap clean EXIT
+begin=$SECONDS
+for part; do
+  timed "$part" "$part"
+done
+echo "==> all of $*: $((SECONDS - begin)) s"
