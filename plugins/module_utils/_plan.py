@@ -207,8 +207,8 @@ def parse_machine(numa: Any) -> Machine:
 
 
 def gib(count: int) -> str:
-    """Return bytes as text in GiB."""
-    return f"{count / GIB:.2f} GiB"
+    """Return bytes as text, in GiB from a tenth of one on, else in MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / MIB:.1f} MiB"
 
 
 def choose_isa(flags: frozenset[str], wish: str | None) -> tuple[str, str]:
@@ -536,7 +536,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
             "host_plan_overlap",
             "true with host_plan_weights anonymous",
             "weights that two servers share",
-            "Set host_plan_weights to hugetlbfs, or leave host_plan_overlap out: upgrades then stop the old server first.",
+            "Set host_plan_weights to hugetlbfs, or leave it out: an upgrade then stops the old server first.",
         )
     servers = 2 if overlap else 1
     threads = max(socket.threads for socket in sockets)
