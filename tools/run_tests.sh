@@ -74,12 +74,19 @@ timed() {
   echo "==> $1: $((SECONDS - begin)) s"
 }
 
-# Whatever happened: nothing of the lab stays.
+hosts() {
+  python3 -m lab list | awk 'NR > 1 { print $1 }' | sort
+}
+
+# Whatever happened: no host of the lab stays that was not there before.
 clean() {
-  python3 -m lab down --all >/dev/null 2>&1 || true
+  local made
+  mapfile -t made < <(comm -13 <(echo "$before") <(hosts))
+  if ((${#made[@]})); then python3 -m lab down "${made[@]}" || true; fi
 }
 
 if [ "${1:-all}" = all ]; then set -- "${parts[@]}"; fi
+before=$(hosts)
 trap clean EXIT
 begin=$SECONDS
 for part; do
