@@ -230,7 +230,7 @@ def main() -> None:
             "size_kib": {"type": "int", "default": 1048576},
             "hugepages": {"type": "bool", "default": True},
             "prompt": {"type": "str", "default": "Say hello."},
-            "max_tokens": {"type": "int", "default": 32},
+            "max_tokens": {"type": "int", "default": 32, "no_log": False},
             "expect": {"type": "str"},
             "api_key_file": {"type": "path", "no_log": False},
             "ca_file": {"type": "path"},
