@@ -67,7 +67,9 @@ def release() -> str:
         key, _, value = line.partition("=")
         if key == "VERSION_CODENAME" and value.strip('"') in names:
             return value.strip('"')
-    raise DemoError(f"/etc/os-release: this is neither of {names}; the demo builds on the controller for the same release")
+    raise DemoError(
+        f"/etc/os-release: this is neither of {names}; the demo builds on the controller for the same release"
+    )
 
 
 def host() -> dict[str, Any] | None:
@@ -164,8 +166,12 @@ def up() -> None:
     print(answer["choices"][0]["message"]["content"])
     print()
     print(f"  address    http://127.0.0.1:{forwards[PORTS[0]]}/v1  (and {forwards[PORTS[1]]} for the second socket)")
-    print(f"  decode     {answer['timings']['predicted_per_second']:.1f} tokens/s, emulated: no measure of the hardware")
-    print("  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'; journalctl -u llama-server@0")
+    print(
+        f"  decode     {answer['timings']['predicted_per_second']:.1f} tokens/s, emulated: no measure of the hardware"
+    )
+    print(
+        "  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'; journalctl -u llama-server@0"
+    )
     print("  again      make demo: quick, and says what it reuses")
     print("  away       make demo-down")
     say(f"serving after {(time.monotonic() - begin) / 60:.1f} minutes")

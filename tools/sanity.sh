@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs `ansible-test sanity` on what git knows of this clone, in a copy that lies where ansible-test wants it.
+# Runs `ansible-test sanity` on what the collection ships, in a copy that lies where ansible-test wants it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(python -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
 copy=$PWD/build/sanity/ansible_collections/cpullm/epyc
 mkdir -p "$copy"
-git ls-files --cached --others --exclude-standard -z -- . ':!.collections' \
+git ls-files --cached --others --exclude-standard -z -- . \
+  ':!.collections' ':!.ci' ':!bench' ':!inventories' ':!lab' ':!molecule' ':!requirements' ':!tests' ':!tools' \
   | while IFS= read -r -d '' file; do [ -e "$file" ] && printf '%s\0' "$file"; done \
   | rsync --archive --delete --delete-missing-args --from0 --files-from=- ./ "$copy"/
 

@@ -1,11 +1,8 @@
-#!/usr/bin/python3
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Shards of a model on disk: which are verified, and how the missing ones get there.
 
-Imported by the module that looks, and run as a program on the host by the job that fetches:
-
-    _shards.py --request REQUEST.json --status STATUS.json
+Imported by the module that looks, and by the program that fetches (roles/model_fetch/files/fetch_model.py).
 
 A shard is downloaded (aria2: resumed, several connections) or copied below ``.partial``, its size and SHA-256 are
 checked by us, it is synced, and only then does it get its name. What was verified is kept in a record with size,
@@ -14,7 +11,6 @@ inode and times of the file, so that nothing is read again as long as the file w
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import fcntl
 import hashlib
@@ -25,7 +21,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -220,7 +215,7 @@ class Store:
     def accept(self, candidates: list[tuple[Shard, Path]]) -> list[str]:
         """Check candidates side by side, name the right ones, and return what is wrong with the others."""
         self._hashed = 0
-        self._verify_total = sum(shard.bytes for shard, _ in candidates)
+        self._verify_total = sum(pair[0].bytes for pair in candidates)
         with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             return [problem for problem in pool.map(lambda pair: self._accept(*pair), candidates) if problem]
 
@@ -440,23 +435,3 @@ def fetch(request: dict[str, Any], status_path: Path | None) -> list[str]:
                 )
         shutil.rmtree(directory / PARTIAL, ignore_errors=True)
     return [shard.file for shard in missing]
-
-
-def main() -> int:
-    """Fetch what a request names."""
-    parser = argparse.ArgumentParser(description="Fetch and verify the shards of a model.")
-    parser.add_argument("--request", type=Path, required=True, help="JSON file; removed once it is read")
-    parser.add_argument("--status", type=Path, help="JSON file that shows how far the work is")
-    options = parser.parse_args()
-    try:
-        request = json.loads(options.request.read_text(encoding="utf-8"))
-        options.request.unlink()
-        print(json.dumps({"fetched": fetch(request, options.status)}))
-    except (FetchError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

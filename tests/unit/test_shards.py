@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.hub import Fault, Hub
 
+PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "model_fetch" / "files" / "fetch_model.py"
 SIZES = {"m-00001-of-00003.gguf": 3_000_000, "m-00002-of-00003.gguf": 5_000_001, "m-00003-of-00003.gguf": 1}
 
 
@@ -115,7 +116,11 @@ def test_a_killed_fetch_is_resumed_from_what_is_there(tmp_path, source, entries)
         hub.fault(Fault("slow", match="cdn/.*00002-of", rate=1_000_000, times=None))
         body = tmp_path / "request.json"
         body.write_text(json.dumps(request(tmp_path, entries, base_url=base)))
-        child = subprocess.Popen([sys.executable, _shards.__file__, "--request", str(body)], start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "--request", str(body)],
+            env={**os.environ, "PYTHONPATH": str(Path(_shards.__file__).parent)},
+            start_new_session=True,
+        )
         partial = tmp_path / "models" / _shards.PARTIAL / "m-00002-of-00003.gguf"
         deadline = time.monotonic() + 30
         while _shards.disk_bytes(partial) < 3_000_000 and time.monotonic() < deadline:

@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Helpers of llama-server@.service: what an instance runs with, whether it is ready, how far its load is.
@@ -123,8 +122,8 @@ def status(wanted: list[tuple[int, int]]) -> None:
 
 def pair(text: str) -> tuple[int, int]:
     """Return instance and pages of ``N:P``."""
-    number, _, pages = text.partition(":")
-    return int(number), int(pages or 0)
+    number, pages = text.split(":")
+    return int(number), int(pages)
 
 
 def main() -> int:
