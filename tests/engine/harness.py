@@ -42,6 +42,14 @@ def free_pages() -> int:
     return count("free_hugepages") - count("resv_hugepages")
 
 
+def wait_for_free(pages: int, timeout_s: float = 10) -> None:
+    """Wait until that many pages are free: what a process had comes back while it ends."""
+    deadline = time.monotonic() + timeout_s
+    while free_pages() != pages:
+        assert time.monotonic() < deadline, f"{free_pages()} pages are free, expected {pages}"
+        time.sleep(0.05)
+
+
 class Pool:
     """Sets how many pages are free, whatever else the machine's pool holds."""
 

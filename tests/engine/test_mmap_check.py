@@ -190,6 +190,27 @@ def test_a_page_that_is_promised_but_not_given_is_no_signal(check: Check, pool: 
     assert "(page 1 of 1: Bad address)" in result.log
 
 
+@pytest.mark.parametrize(
+    ("hidden", "how", "name"),
+    [
+        pytest.param("/sys", "O_DIRECT", "small.gguf", id="sysfs"),
+        pytest.param("/proc", "buffered", "file descriptor", id="procfs"),
+    ],
+)
+def test_loads_where_the_kernel_shows_less(
+    check: Check, mmap_check: Path, pool: Pool, small: Path, hidden: str, how: str, name: str
+) -> None:
+    pool.free_exactly(1)
+    script = f'mount -t tmpfs none {hidden} && "$0" check 1000 && exec "$0" load "$1"'
+    command = ["unshare", "--mount", "sh", "-c", script, str(mmap_check), str(small)]
+    environment = {**os.environ, "LLAMA_WEIGHTS_HUGEPAGES": "require"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "in_hugepages=1\n" in result.stdout
+    assert "same=1\n" in result.stdout
+    assert re.search(rf"{name}[^:]*: 1 pages of 1 GiB, 70012345 bytes .*, {how}\)", result.stderr), result.stderr
+
+
 def test_says_how_far_it_is(check: Check, pool: Pool, tmp_path: Path) -> None:
     pool.free_exactly(1)
     file = sparse_file(tmp_path / "weights.gguf", 1_000_000_000)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.engine.harness import Model, Pool, Server, Servers, count, free_pages, open_to_all
+from tests.engine.harness import Model, Pool, Server, Servers, count, free_pages, open_to_all, wait_for_free
 
 MAPPED = 1048576  # KiB per page
 
@@ -82,7 +82,7 @@ def test_require_serves_from_pages(servers: Servers, model: Model, pool: Pool, s
     assert "CPU_REPACK" not in server.log
     assert "failed" not in server.log
     server.stop()
-    assert free_pages() == model.pages
+    wait_for_free(model.pages)
 
 
 def test_try_with_pages_is_require(servers: Servers, model: Model, pool: Pool, stock: list[tuple[int, float]]) -> None:
@@ -120,7 +120,7 @@ def test_a_second_server_finds_no_page(servers: Servers, model: Model, pool: Poo
     assert first.complete()
     first.process.kill()
     first.process.wait()
-    assert free_pages() == model.pages, "a killed server keeps no page"
+    wait_for_free(model.pages)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_truncated_shard_fails_the_load(servers: Servers, model: Model, pool: 
 def repackable(servers: Servers, model: Model) -> Model:
     """The model in Q4_0, which llama.cpp repacks on x86; Q8_0 it does not."""
     target = model.shards[0].with_name("q4_0.gguf")
-    command = [servers.engine / "llama-quantize", "--allow-requantize", model.shards[0], target, "Q4_0"]
+    command = [str(servers.engine / "llama-quantize"), "--allow-requantize", str(model.shards[0]), str(target), "Q4_0"]
     environment = {**os.environ, "LLAMA_WEIGHTS_HUGEPAGES": "require"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How fast llama-server loads a model from cold: anonymous 1 GiB pages against stock mmap and `--load-mode dio`.
+
+Each run drops the page cache, starts the server, and takes the time until it reports ready, without warm-up. The ways
+take turns, so that a change in the machine's load hits all of them. Needs root, for the page cache and the pages.
+
+    python3 -m bench.load_anonymous --engine /opt/llama.cpp/current/bin --model big-00001-of-00002.gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CLONE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CLONE))
+
+from lab import pages as lab_pages  # noqa: E402  (the clone is not installed)
+
+GIB = 1 << 30
+OWNER = "load-anonymous"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to load: the server's arguments and environment."""
+
+    name: str
+    arguments: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+
+
+def anonymous(threads: int) -> Way:
+    """Return the way of our patch with that many readers."""
+    variables = (("LLAMA_WEIGHTS_HUGEPAGES", "require"), ("LLAMA_WEIGHTS_THREADS", str(threads)))
+    return Way(f"anonymous_{threads}_threads", ("--load-mode", "mmap"), variables)
+
+
+STOCK = (Way("mmap", ("--load-mode", "mmap"), ()), Way("dio", ("--load-mode", "dio"), ()))
+
+
+def shards_of(first: Path) -> list[Path]:
+    """Return all shards of a model, given its first."""
+    return sorted(first.parent.glob(first.name.replace("-00001-of-", "-*-of-")))
+
+
+def drop_page_cache() -> None:
+    """Make the next read come from the disk."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
+
+
+@contextlib.contextmanager
+def server(engine: Path, model: Path, way: Way, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Start a server, and end it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [
+        str(engine / "llama-server"),
+        *("-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "256", "-np", "1"),
+        *("--fit", "off", "--no-repack", "--no-warmup", "-lv", "4"),
+        *way.arguments,
+    ]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
+    with log.open("wb") as out:
+        process = subprocess.Popen(argv, stdout=out, stderr=out, env={**clean, **dict(way.environment)})
+    try:
+        yield process, port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def load_seconds(engine: Path, model: Path, way: Way) -> float:
+    """Return the seconds from the server's start to ready; RuntimeError with its log when it ends instead."""
+    drop_page_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        start = time.monotonic()
+        with server(engine, model, way, log) as (process, port):
+            while process.poll() is None:
+                with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    seconds = time.monotonic() - start
+                    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+                    found = re.search(r"^HugetlbPages:\s+(\d+) kB$", status, re.M)
+                    if found is None or bool(int(found[1])) != bool(way.environment):
+                        raise RuntimeError(f"{way.name}: HugetlbPages is {found[1] if found else 'not shown'}")
+                    return seconds
+                time.sleep(0.01)
+        raise RuntimeError(f"{way.name}: the server ended\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the results depend on."""
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu[1] if cpu else "unknown",
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / GIB, 1),
+        "kernel": platform.release(),
+    }
+
+
+def summarise(size: int, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Return median, least and largest rate in GiB/s, and the median of the seconds, for each way."""
+    figures = {"model_gib": round(size / GIB, 3)}
+    for name, values in seconds.items():
+        figures[f"{name}_gib_per_s"] = round(size / GIB / statistics.median(values), 3)
+        figures[f"{name}_gib_per_s_min"] = round(size / GIB / max(values), 3)
+        figures[f"{name}_gib_per_s_max"] = round(size / GIB / min(values), 3)
+        figures[f"{name}_s"] = round(statistics.median(values), 3)
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark, print each run, and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--engine", type=Path, default=Path("/opt/llama.cpp/current/bin"), help="bin directory")
+    parser.add_argument("--model", type=Path, required=True, help="first shard")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each way")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 4, 8], help="readers of the anonymous way")
+    parser.add_argument("--output", type=Path, default=CLONE / "bench" / "results" / "load_anonymous.json")
+    options = parser.parse_args(argv)
+
+    shards = shards_of(options.model)
+    size = sum(shard.stat().st_size for shard in shards)
+    pages = sum(-(-shard.stat().st_size // GIB) for shard in shards)
+    ways = [*map(anonymous, options.threads), *STOCK]
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    lab_pages.reserve(pages, OWNER)
+    try:
+        for run in range(options.runs):
+            for way in ways:
+                taken = load_seconds(options.engine, options.model, way)
+                seconds[way.name].append(taken)
+                print(f"{run + 1}/{options.runs} {way.name}: {taken:.2f} s, {size / GIB / taken:.2f} GiB/s", flush=True)
+    finally:
+        lab_pages.release(OWNER)
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CLONE, capture_output=True, text=True, check=False)
+    command = ["python3", "-m", "bench.load_anonymous", "--runs", str(options.runs)]
+    command += ["--threads", *map(str, options.threads), "--model", options.model.name]
+    result = {
+        "name": "load_anonymous",
+        "commit": commit.stdout.strip(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine(),
+        "command": shlex.join(command),
+        "figures": summarise(size, seconds),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
