@@ -115,7 +115,10 @@ def _kill_group(name: str, timeout_s: float = 20.0) -> None:
     group = cgroup(name)
     if not group.is_dir():
         return
-    (group / "cgroup.kill").write_text("1", encoding="ascii")
+    switch = group / "cgroup.kill"
+    if not switch.exists():
+        raise LabError(f"{name}: {switch} does not exist: containers of the lab need Linux 5.14 or newer")
+    switch.write_text("1", encoding="ascii")
     deadline = time.monotonic() + timeout_s
     while "populated 1" in (group / "cgroup.events").read_text(encoding="ascii"):
         if time.monotonic() > deadline:

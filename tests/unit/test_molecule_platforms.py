@@ -32,8 +32,10 @@ SPEC.loader.exec_module(platforms)
         ),
         pytest.param(
             {"name": "a", "pages": 2, "forwards": [8008, "18009:8009"], "binds": ["/x:/y:ro"]},
-            ["up", "a", "--kind", "container", "--pages", "2", "--forward", "8008", "--forward", "18009:8009"]
-            + ["--bind", "/x:/y:ro"],
+            [
+                *("up", "a", "--kind", "container", "--pages", "2"),
+                *("--forward", "8008", "--forward", "18009:8009", "--bind", "/x:/y:ro"),
+            ],
             id="lists",
         ),
     ],
