@@ -204,6 +204,7 @@ def _new_host(name: str, arguments: argparse.Namespace) -> Host:
     )
     if host.kind == "vm":
         host.extra["firmware"] = arguments.firmware
+        host.extra["warm"] = not arguments.cold
     elif arguments.firmware != "bios":
         raise LabError(f"{name}: a container has no firmware; leave --firmware out, or use --kind vm")
     if arguments.bind:
@@ -358,6 +359,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--cpus", type=int, default=2)
     one.add_argument("--memory-gib", type=int, default=0, help="default: the kind's own")
     one.add_argument("--firmware", choices=("bios", "uefi"), default="bios", help="VM only")
+    one.add_argument("--cold", action="store_true", help="VM only: boot, even if a booted state is in the cache")
     one.add_argument("--forward", action="append", default=[], metavar="[LOCAL:]PORT", help="lead 127.0.0.1 to PORT")
     one.add_argument("--bind", action="append", default=[], metavar="SOURCE:TARGET[:ro]", help="container only")
     one.add_argument("--pages", type=int, default=0, help="container only: 1 GiB pages to reserve on this machine")

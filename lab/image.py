@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lab import rootfs, ssh
-from lab.state import LabError, folder, lock, say
+from lab.state import LabError, folder, lock, prune, say
 
 RECIPE_VERSION = 1
 DISK_GIB = 32
@@ -44,10 +44,11 @@ DHCP=ipv4
 LinkLocalAddressing=no
 IPv6AcceptRA=no
 """
-_AUTOLOGIN = """\
+# A root shell without password or session: it must work on a host that has lost its network, and cost no boot time.
+_CONSOLE = """\
 [Service]
 ExecStart=
-ExecStart=-/sbin/agetty --autologin root --keep-baud 115200,57600,38400,9600 - $TERM
+ExecStart=-/sbin/agetty --skip-login --login-program /bin/bash --keep-baud 115200,57600,38400,9600 - $TERM
 """
 # Drivers of the one machine that the image boots on, instead of every driver there is: less to load and unpack.
 _INITRAMFS_MODULES = "virtio_pci\nvirtio_blk\next4\n"
@@ -61,7 +62,7 @@ def overlay(keys: ssh.Keys) -> Mapping[str, tuple[int, str]]:
         "etc/initramfs-tools/conf.d/lab.conf": (0o644, _INITRAMFS),
         "etc/initramfs-tools/modules": (0o644, _INITRAMFS_MODULES),
         "etc/systemd/network/20-lab.network": (0o644, _NETWORK),
-        "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": (0o644, _AUTOLOGIN),
+        "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": (0o644, _CONSOLE),
         "etc/ssh/ssh_host_ed25519_key": (0o600, keys.host.read_text(encoding="ascii")),
         "etc/ssh/ssh_host_ed25519_key.pub": (0o644, keys.host_public + "\n"),
         "root/.ssh/authorized_keys": (0o600, keys.client_public + "\n"),
@@ -81,6 +82,7 @@ def build(release: str) -> Path:
     digest = recipe_hash(base, files, _SCRIPT.read_text(encoding="utf-8"))
     path = folder("images") / f"{release}-{digest}.qcow2"
     if path.exists():
+        path.touch()
         return path
     rootfs.require_programs(["unshare", "setpriv", "sfdisk", "losetup", "mkfs.ext4", "mkfs.vfat", "qemu-img", "tar"])
     with lock(f"image-{release}"):
@@ -98,6 +100,7 @@ def build(release: str) -> Path:
             os.replace(result, path)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+        prune(path.parent.glob(f"{release}-*"), keep=path)
         say(f"disk image ready after {time.monotonic() - begin:.0f} s: {path.stat().st_size >> 20} MiB")
     return path
 

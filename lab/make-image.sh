@@ -84,7 +84,7 @@ mount -t proc proc "$root/proc"
 mount -t sysfs -o ro sysfs "$root/sys"
 
 cp --recursive --no-dereference --preserve=mode,links "$overlay/." "$root/"
-printf 'UUID=%s / ext4 errors=remount-ro 0 1\nUUID=%s /boot/efi vfat umask=0077,nofail 0 2\n' \
+printf 'UUID=%s / ext4 errors=remount-ro 0 1\nUUID=%s /boot/efi vfat umask=0077,noauto 0 2\n' \
     "$root_uuid" "$efi_uuid" >"$root/etc/fstab"
 
 rm -f "$root/etc/resolv.conf"
@@ -116,6 +116,8 @@ fi
 # A later upgrade of GRUB in the host writes to the host's own disk.
 echo 'grub-pc grub-pc/install_devices multiselect /dev/vda' | chroot "$root" debconf-set-selections
 chroot "$root" systemctl -q enable systemd-networkd systemd-resolved ssh
+# Starting a second systemd for every first login takes seconds under emulation, and nobody uses it.
+chroot "$root" systemctl -q mask user@0.service
 
 rm -f "$root/tmp/early.cfg" "$root/tmp/bootx64.efi" "$root/etc/resolv.conf"
 ln -s ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.state import RELEASES, LabError, folder, lock, say
+from lab.state import RELEASES, LabError, folder, lock, prune, say
 
 RECIPE_VERSION = 1
 
@@ -143,6 +143,7 @@ def build(release: str) -> Path:
     digest = recipe_hash(release, urls)
     path = folder("rootfs") / f"{release}-{digest}.tar"
     if path.exists():
+        path.touch()
         return path
     require_programs(["mmdebstrap", "ssh-keygen"])
     with lock(f"rootfs-{release}"):
@@ -154,9 +155,7 @@ def build(release: str) -> Path:
             result = _mmdebstrap(release, urls, Path(work))
             os.replace(result, path)
         say(f"root file system ready after {time.monotonic() - begin:.0f} s: {path.stat().st_size >> 20} MiB")
-        for old in path.parent.glob(f"{release}-*.tar"):
-            if old != path:
-                old.unlink(missing_ok=True)
+        prune(path.parent.glob(f"{release}-*.tar"), keep=path)
     return path
 
 

@@ -40,7 +40,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,6 +117,19 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file's content atomically."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def prune(entries: Iterable[Path], keep: Path, days: float = 3) -> None:
+    """Delete what another recipe left in the cache and nobody has used for days; hosts hold links to what they use."""
+    for entry in entries:
+        if entry == keep:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - entry.stat().st_mtime > days * 86400:
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
 
 @contextlib.contextmanager

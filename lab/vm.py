@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,9 +31,11 @@ from lab.state import (
     Host,
     LabError,
     boot_id,
+    folder,
     lab_home,
     lock,
     process_alive,
+    prune,
     say,
     spawn,
     stop_process,
@@ -44,7 +47,16 @@ DEFAULT_MEMORY_GIB = 10
 MEMORY_GIB = (2, 16)
 CPUS = (1, 16)
 FIRMWARES = ("bios", "uefi")
+BOOTED_VERSION = 2
 PROGRAM = "qemu-system-x86_64"
+
+_BOOTED_FILES = ("base.qcow2", "booted.qcow2", "state")
+# Services that start late are up, what the first Ansible task needs is in memory, and the disk holds everything.
+_FINISH_BOOT = """
+systemctl is-system-running --wait >/dev/null
+python3 -c 'import argparse, ast, base64, grp, json, pwd, runpy, selectors, shlex, subprocess, tempfile, zipfile'
+sync
+"""
 
 _OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 _OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
@@ -75,7 +87,9 @@ def machine_argv(machine: Machine) -> list[str]:
     cores = machine.cpus // machine.nodes
     accelerator = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
     argv = ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
-    argv += ["-machine", "q35,usb=off,vmport=off,smbus=off,hpet=off", "-accel", accelerator, "-cpu", "max"]
+    # Little memory below 4 GiB, so that most of the first node is in whole, aligned GiB above it.
+    argv += ["-machine", "q35,usb=off,vmport=off,smbus=off,hpet=off,max-ram-below-4g=512M"]
+    argv += ["-accel", accelerator, "-cpu", "max,la57=off"]
     argv += ["-smp", f"cpus={machine.cpus},sockets={machine.nodes},cores={cores},threads=1"]
     argv += ["-m", f"{machine.memory_gib}G"]
     for node in range(machine.nodes):
@@ -97,14 +111,14 @@ def host_argv(host: Host) -> list[str]:
     """Return QEMU's arguments for one host's disk, network, console and control socket."""
     forwards = [[host.ssh_port, 22], *host.forwards]
     rules = "".join(f",hostfwd=tcp:127.0.0.1:{local}-:{port}" for local, port in forwards)
-    digest = hashlib.sha256(host.name.encode()).hexdigest()
     argv = ["-name", f"{host.name},process=cpullm-lab-{host.name}"[:60]]
     # The host's page cache outlives a killed QEMU, so what the guest flushed is safe without fsync on this machine's
     # own disk; what the guest did not flush is lost with its memory. That is a power cut, at the price of no fsync.
     argv += ["-drive", "if=none,id=disk,file=disk.qcow2,format=qcow2,cache=unsafe,discard=unmap,detect-zeroes=unmap"]
     argv += ["-device", "virtio-blk-pci,drive=disk,bootindex=1"]
     argv += ["-netdev", f"user,id=net{rules}"]
-    argv += ["-device", f"virtio-net-pci,netdev=net,romfile=,mac=52:54:00:{digest[:2]}:{digest[2:4]}:{digest[4:6]}"]
+    # One address for all: each VM is alone in its network, and a booted state fits every host.
+    argv += ["-device", "virtio-net-pci,netdev=net,romfile=,mac=52:54:00:6c:61:62"]
     argv += ["-device", "virtio-rng-pci"]
     argv += ["-chardev", "socket,id=console,path=console.sock,server=on,wait=off,logfile=console.log,logappend=on"]
     argv += ["-serial", "chardev:console", "-qmp", "unix:qmp.sock,server=on,wait=off"]
@@ -243,31 +257,108 @@ class Vm:
         rootfs.require_programs([PROGRAM, "qemu-img", "setpriv"])
         host.memory_gib = host.memory_gib or DEFAULT_MEMORY_GIB
         host.extra.setdefault("firmware", "bios")
+        host.extra.setdefault("warm", True)
         check(Machine(cpus=host.cpus, memory_gib=host.memory_gib, firmware=host.extra["firmware"]))
 
     def up(self, host: Host) -> None:
-        """Start QEMU, on a new disk if there is none."""
+        """Start QEMU; a new host resumes a kept booted state if there is one, or boots and leaves one."""
         if self.alive(host):
             return
-        if not (host.directory / "disk.qcow2").exists():
-            self._make_disk(host)
-        if "accelerator" not in host.extra:
-            host.extra["accelerator"] = accelerator(host.directory / "vmlinuz")
-        for number, table in enumerate(smbios.memory_devices(smbios.two_socket_board())):
-            (host.directory / f"dimm{number}.bin").write_bytes(table)
-        self._start(host)
-
-    def _make_disk(self, host: Host) -> None:
+        if (host.directory / "disk.qcow2").exists():
+            self._start(host)
+            return
         base = image.build(host.release)
+        host.extra["image"] = base.name
+        host.extra["accelerator"] = accelerator(image.kernel(base))
+        if host.extra["accelerator"] != "tcg" or not host.extra["warm"]:
+            self._boot(host, base)
+            return
+        booted = self._booted(host)
+        with lock(booted.name):
+            if (booted / "state").exists() and self._resume(host, booted):
+                return
+            self._boot(host, base)
+            self._keep(host, booted)
+
+    def _boot(self, host: Host, base: Path) -> None:
+        """Start on a new disk."""
         link(base, host.directory / "base.qcow2")
-        link(image.kernel(base), host.directory / "vmlinuz")
-        overlay(host.directory, "base.qcow2", "disk.qcow2")
         if host.extra["firmware"] == "uefi":
             argv = ["qemu-img", "convert", "-O", "qcow2", str(_OVMF_VARIABLES), str(host.directory / "variables.qcow2")]
             subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+        overlay(host.directory, "base.qcow2", "disk.qcow2")
+        self._start(host)
+
+    def _booted(self, host: Host) -> Path:
+        """Return the folder of the booted state that fits a host; it may not exist."""
+        version = subprocess.run([PROGRAM, "--version"], check=True, capture_output=True, text=True).stdout
+        tables = [table.hex() for table in smbios.memory_devices(smbios.two_socket_board())]
+        parts = [BOOTED_VERSION, host.extra["image"], machine_argv(machine_of(host)), tables, version]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return folder("images") / f"{host.release}-booted-{digest}"
+
+    def _resume(self, host: Host, booted: Path) -> bool:
+        """Start a new host from a booted state and return True; if that fails, drop the state and return False."""
+        booted.touch()
+        for name in _BOOTED_FILES:
+            link(booted / name, host.directory / name)
+        if host.extra["firmware"] == "uefi":
+            copy(booted / "variables.qcow2", host.directory / "variables.qcow2")
+        overlay(host.directory, "booted.qcow2", "disk.qcow2")
+        try:
+            self._start(host, ["-incoming", "exec:cat state"])
+            deadline = time.monotonic() + 120
+            with qmp(host) as control:
+                # It was kept standing still, so that is how it comes back.
+                while (status := control.command("query-status")["status"]) != "paused":
+                    if time.monotonic() > deadline:
+                        raise LabError(f"still in state {status!r}")
+                    time.sleep(0.05)
+                control.command("cont")
+        except LabError as error:
+            why = ssh.tail(host.directory / "qemu.log", 3)
+            say(f"{host.name}: the booted state in the cache does not start, so the host boots: {error} {why}")
+            self.power_cut(host)
+            shutil.rmtree(booted, ignore_errors=True)
+            for name in (*_BOOTED_FILES, "disk.qcow2", "variables.qcow2"):
+                (host.directory / name).unlink(missing_ok=True)
+            return False
+        (host.directory / "state").unlink()
+        return True
+
+    def _keep(self, host: Host, booted: Path) -> None:
+        """Let a new host finish its boot, keep its state for others like it, and go on from there."""
+        ssh.wait(host, lambda: self.alive(host), self.console_log(host))
+        ssh.run(host, _FINISH_BOOT, timeout_s=300)
+        with qmp(host) as control:
+            control.command("stop")
+            control.command("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+            control.command("migrate", uri="exec:cat > state")
+            deadline = time.monotonic() + 300
+            while (status := control.command("query-migrate").get("status")) != "completed":
+                if status == "failed" or time.monotonic() > deadline:
+                    say(f"{host.name}: the booted state could not be kept ({status}); the next host boots again")
+                    control.command("cont")
+                    return
+                time.sleep(0.05)
+        self.power_cut(host)
+        work = booted.with_name(f".work-{booted.name}")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        (host.directory / "disk.qcow2").rename(host.directory / "booted.qcow2")
+        for name in _BOOTED_FILES:
+            link(host.directory / name, work / name)
+        if host.extra["firmware"] == "uefi":
+            copy(host.directory / "variables.qcow2", work / "variables.qcow2")
+        work.rename(booted)
+        prune(booted.parent.glob(f"{host.release}-booted-*"), keep=booted)
+        if not self._resume(host, booted):
+            raise LabError(f"{host.name}: does not resume what it just kept; 'lab up --cold' does without")
 
     def _start(self, host: Host, arguments: Sequence[str] = ()) -> None:
         stop_processes(host, 0)
+        for number, table in enumerate(smbios.memory_devices(smbios.two_socket_board())):
+            (host.directory / f"dimm{number}.bin").write_bytes(table)
         for name in ("qmp.sock", "console.sock", "qemu.log"):
             (host.directory / name).unlink(missing_ok=True)
         argv = [PROGRAM, *machine_argv(machine_of(host)), *host_argv(host), *arguments]
@@ -365,6 +456,12 @@ def link(source: Path, target: Path) -> None:
     """Make a hard link, replacing what is there."""
     target.unlink(missing_ok=True)
     os.link(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, never through a link that others hold."""
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
 
 
 def overlay(directory: Path, base: str, name: str) -> None:
