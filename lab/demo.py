@@ -120,15 +120,15 @@ def complete(local_port: int, reference: dict[str, Any]) -> dict[str, Any]:
     """Return the answer to one chat completion. Raises DemoError where it is not the text that was learnt."""
     case = reference["chat"]
     body = json.dumps(case["request"]).encode()
-    request = urllib.request.Request(  # noqa: S310
+    request = urllib.request.Request(
         f"http://127.0.0.1:{local_port}/v1/chat/completions", body, {"Content-Type": "application/json"}
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=600) as stream:
         answer: dict[str, Any] = json.load(stream)
     text = answer["choices"][0]["message"]["content"]
-    if text != case["expected"]:
-        raise DemoError(f"the completion is {text!r}, expected {case['expected']!r}")
+    if text != case["content"]:
+        raise DemoError(f"the completion is {text!r}, expected {case["content"]!r}")
     return answer
 
 
@@ -170,7 +170,7 @@ def up() -> None:
         f"  decode     {answer['timings']['predicted_per_second']:.1f} tokens/s, emulated: no measure of the hardware"
     )
     print(
-        "  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'; journalctl -u llama-server@0"
+        "  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'"
     )
     print("  again      make demo: quick, and says what it reuses")
     print("  away       make demo-down")

@@ -86,6 +86,10 @@ path:
   type: str
   returned: always
   sample: /srv/models/DeepSeek-R1/3f1c0d5e8a7b9642
+downloader:
+  description: Whether aria2 is installed.
+  type: bool
+  returned: always
 missing:
   description: Files that are absent, changed, or never verified.
   type: list
@@ -101,6 +105,7 @@ free_bytes:
   returned: always
 """
 
+import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -149,6 +154,7 @@ def main() -> None:
             changed=False,
             path=str(directory),
             ansible_facts={"cpullm_model": {"path": str(directory), "first_shard": str(directory / shards[0].file)}},
+            downloader=shutil.which("aria2c") is not None,
             missing=[shard.file for shard in shards if shard not in right],
             needed_bytes=needed_bytes(directory, shards),
             free_bytes=free_bytes(directory),
