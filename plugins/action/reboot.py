@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from typing import Any
 
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from ansible_collections.cpullm.epyc.plugins.module_utils._progress import Status, format_duration
+from ansible_collections.cpullm.epyc.plugins.module_utils._progress import format_duration
 from ansible_collections.cpullm.epyc.plugins.plugin_utils._reporter import Reporter
 from ansible_collections.cpullm.epyc.plugins.plugin_utils._target import reset_connection
 
@@ -83,14 +84,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         state = text[found.end() :].strip().splitlines()
         return found.group(0), state[-1].strip() if state else ""
 
-    def _limit_connects(self, seconds: int) -> None:
-        """Make each attempt to connect short, where the connection can be told so."""
+    def _limit_waits(self, seconds: int) -> None:
+        """Make each attempt short, where the connection can be told so.
+
+        A host that goes down may never close its connections, and ssh would wait for it as long as its keep-alive says.
+        """
         for option in ("timeout", "connection_timeout"):
-            try:
+            with contextlib.suppress(KeyError):
                 self._connection.get_option(option)
-            except KeyError:
-                continue
-            self._connection.set_option(option, seconds)
+                self._connection.set_option(option, seconds)
+        with contextlib.suppress(KeyError):
+            # Of two values ssh takes the first.
+            arguments = self._connection.get_option("ssh_args") or ""
+            short = f"-o ServerAliveInterval={max(1, seconds // 2)} -o ServerAliveCountMax=2"
+            self._connection.set_option("ssh_args", f"{short} {arguments}")
 
     def _wait(self, before: str, args: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
         """Return the outcome: another boot that settled, or a failure that says what was seen."""
@@ -99,13 +106,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         silence = ""
         after: str | None = None
         back_at = 0.0
-        self._limit_connects(args["connect_timeout_s"])
+        self._limit_waits(args["connect_timeout_s"])
         reset_connection(self)
         while True:
-            elapsed = reporter.elapsed_s
             phase = "booted, starting units" if after else "down" if went_down else "going down"
-            note = f"gives up after {format_duration(args['timeout_s'])}"
-            reporter.tell(Status(phase, min(elapsed, expected * 0.99), expected, "s"), note)
+            reporter.tell_clock(phase, expected, f"gives up after {format_duration(args['timeout_s'])}")
             time.sleep(args["poll_s"])
             try:
                 found, state = self._look()

@@ -199,6 +199,13 @@ class Record:
             raise ValueError(f"not a progress record: {error}") from error
 
 
+def clock_record(host: str, title: str, status: Status, elapsed_s: float, note: str) -> Record:
+    """Return the record of a wait that only the clock measures; past the expected end there is no percentage."""
+    total = status.total if status.total is not None and elapsed_s < status.total else None
+    now = dataclasses.replace(status, done=elapsed_s, total=total)
+    return Record(host, title, now, 1.0, elapsed_s, note)
+
+
 def describe(record: Record) -> str:
     """Return percent, amount, rate, time left and time spent of a record, as far as they are known."""
     parts = []
@@ -209,10 +216,11 @@ def describe(record: Record) -> str:
         percent = status.percent
         if percent is not None:
             parts.append(f"{percent:.0f} %")
-        if status.total is not None or status.done:
+        # A clock runs at one second per second, so its rate says nothing; what it has done is the time spent.
+        clock = status.unit == "s"
+        if (status.total is not None or status.done) and not (clock and status.done == record.elapsed_s):
             parts.append(format_amount(status))
-        # A clock runs at one second per second: its rate says nothing.
-        if record.rate is not None and status.unit != "s":
+        if record.rate is not None and not clock:
             parts.append(format_rate(record.rate, status.unit))
         left = seconds_left(status, record.rate)
         if left is not None and not status.complete:

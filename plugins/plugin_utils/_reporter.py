@@ -11,7 +11,13 @@ from pathlib import Path
 from types import TracebackType
 
 from ansible.utils.display import Display
-from ansible_collections.cpullm.epyc.plugins.module_utils._progress import Record, Status, Window, render_line
+from ansible_collections.cpullm.epyc.plugins.module_utils._progress import (
+    Record,
+    Status,
+    Window,
+    clock_record,
+    render_line,
+)
 
 # Set by the callback plugin in the main process where it draws a live block; workers inherit it.
 SPOOL_VARIABLE = "CPULLM_EPYC_PROGRESS_SPOOL"
@@ -31,6 +37,7 @@ class Reporter:
         self._window = Window()
         self._status: Status | None = None
         self._note = ""
+        self._clock = False
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -60,13 +67,23 @@ class Reporter:
         with self._lock:
             self._note = note
             if status is not None:
+                self._clock = False
                 self._status = status
                 # The worker's own clock, where it gives one: a slow poll must not look like a slow rate.
                 self._window.add(time.monotonic() if status.updated is None else status.updated, status)
 
+    def tell_clock(self, phase: str, expected_s: float, note: str = "") -> None:
+        """Show a wait that is measured by the clock alone, beside the seconds that it is expected to take."""
+        with self._lock:
+            self._note = note
+            self._clock = True
+            self._status = Status(phase, 0.0, expected_s, "s")
+
     def record(self) -> Record:
         """Return what is known now."""
         with self._lock:
+            if self._clock and self._status is not None:
+                return clock_record(self._host, self._title, self._status, self.elapsed_s, self._note)
             return Record(
                 host=self._host,
                 title=self._title,

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.cpullm.epyc.plugins.action.job import fingerprint
 
 CLONE = Path(__file__).resolve().parents[2]
 PLAYBOOK = str(Path(sys.executable).with_name("ansible-playbook"))
@@ -57,28 +58,24 @@ class Play:
         self.work.write_text(WORK)
         self.status = tmp_path / "status.json"
         self.result = tmp_path / "result.json"
+        self.keys: set[str] = set()
 
     def argv(self, steps: int = 3, pause: float = 0.05, rc: int = 0) -> list[str]:
         return [sys.executable, str(self.work), str(self.status), str(steps), str(pause), str(rc)]
 
-    def command(self, task: dict[str, Any], *arguments: str, hosts: int = 1, action: str = "job") -> list[str]:
-        play = {
-            "hosts": "all",
-            "gather_facts": False,
-            "tasks": [
-                {"name": "The task", f"cpullm.epyc.{action}": task, "register": "out", "ignore_errors": True},
-                {
-                    "name": "Keep the result",
-                    "ansible.builtin.copy": {
-                        "content": "{{ out | to_json }}",
-                        "dest": str(self.result),
-                        "mode": "0600",
-                    },
-                    "run_once": True,
-                    "check_mode": False,
-                },
-            ],
-        }
+    def command(self, *tasks: dict[str, Any], arguments: Sequence[str] = (), hosts: int = 1) -> list[str]:
+        for task in tasks:
+            if task.get("argv"):
+                argv = [str(word) for word in task["argv"]]
+                self.keys.add(task.get("key", fingerprint(argv, task.get("chdir"))[:24]))
+        steps: list[dict[str, Any]] = [
+            {"name": f"Task {n}", "cpullm.epyc.job": task, "register": f"out{n}", "ignore_errors": True}
+            for n, task in enumerate(tasks)
+        ]
+        results = ", ".join(f"out{n}" for n in range(len(tasks)))
+        keep = {"content": f"{{{{ [{results}] | to_json }}}}", "dest": str(self.result), "mode": "0600"}
+        steps.append({"name": "Keep", "ansible.builtin.copy": keep, "run_once": True, "check_mode": False})
+        play = {"hosts": "all", "gather_facts": False, "tasks": steps}
         (self.tmp / "play.yml").write_text(yaml.safe_dump([play], sort_keys=False))
         names = "\n".join(f"host{n} ansible_connection=local" for n in range(hosts))
         (self.tmp / "inventory").write_text(
@@ -86,30 +83,36 @@ class Play:
         )
         return [PLAYBOOK, "-i", str(self.tmp / "inventory"), str(self.tmp / "play.yml"), *arguments]
 
-    def run(self, task: dict[str, Any], *arguments: str, **options: Any) -> dict[str, Any]:
+    def run_all(self, *tasks: dict[str, Any], arguments: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Run the tasks one after the other in one play."""
         self.result.unlink(missing_ok=True)
         done = subprocess.run(
-            self.command(task, *arguments, **options),
+            self.command(*tasks, arguments=arguments),
             env=environment(self.tmp),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert self.result.exists(), done.stdout + done.stderr
-        result: dict[str, Any] = json.loads(self.result.read_text())
-        result["_output"] = done.stdout + done.stderr
+        results: list[dict[str, Any]] = json.loads(self.result.read_text())
+        return results
+
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        (result,) = self.run_all(task)
         return result
+
+    def leftovers(self) -> list[Path]:
+        """Return what the jobs of this test left, in the folder that the agent picks for this user."""
+        root = Path("/run/cpullm/jobs") if os.geteuid() == 0 else Path(f"/tmp/cpullm-jobs-{os.geteuid()}")
+        return [root / key for key in self.keys if (root / key).exists()]
 
 
 @pytest.fixture
 def play(tmp_path: Path) -> Iterator[Play]:
-    # Long work of the user who runs the tests, in the folder that the agent picks for that user.
-    root = Path("/run/cpullm/jobs") if os.geteuid() == 0 else Path(f"/tmp/cpullm-jobs-{os.geteuid()}")
-    before = set(root.glob("*")) if root.exists() else set()
-    yield Play(tmp_path)
-    left = (set(root.glob("*")) if root.exists() else set()) - before - {root / ".lock"}
-    assert not left, f"left on the target: {left}"
+    made = Play(tmp_path)
+    yield made
+    assert made.leftovers() == []
 
 
 def lives(pid: int) -> bool:
@@ -124,6 +127,50 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+IGNORES_THE_REQUEST = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(300)
+"""
+TALKING = ["/bin/sh", "-c", "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done"]
+
+# What can share a play, by name; {tmp} is the test's folder.
+SHORT: dict[str, dict[str, Any]] = {
+    "failure": {"argv": [sys.executable, "{tmp}/work.py", "{tmp}/s", 1, 0, 3], "title": "engine"},
+    "no-program": {"argv": ["/no/such/program"]},
+    "no-folder": {"argv": ["true"], "chdir": "/no/such/folder"},
+    "empty": {"argv": []},
+    "nothing-to-do": {"title": "x"},
+    "no-number": {"argv": ["true"], "timeout_s": "soon"},
+    "two-ends": {"argv": ["true"], "done_when_complete": True},
+    "signal": {"argv": ["/bin/sh", "-c", "kill -9 $$"]},
+    "timeout": {"argv": ["/bin/sh", "-c", "echo begun; sleep 300 & echo $! > {tmp}/child; wait"], "timeout_s": 1},
+    "ignores": {"argv": [sys.executable, "-c", IGNORES_THE_REQUEST, "{tmp}/pid"], "timeout_s": 1},
+    "stall": {"argv": ["/bin/sleep", "300"], "stall_timeout_s": 1},
+    "talking": {"argv": TALKING, "stall_timeout_s": 1},
+    "gave-up": {"status_argv": ["/bin/echo", '{"phase": "failed", "message": "no pages"}'], "timeout_s": 5},
+    "no-answer": {"status_argv": ["/bin/sh", "-c", "echo down >&2; exit 4"], "timeout_s": 1},
+    "no-status": {"status_argv": ["/bin/echo", "{"], "timeout_s": 1},
+    "command": {"status_argv": ["/bin/echo", '{"done": 4, "total": 4}'], "timeout_s": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """Return the results of SHORT by name, all from one play."""
+    made = Play(tmp_path_factory.mktemp("short"))
+    tasks = []
+    for task in SHORT.values():
+        text = json.dumps({"poll_s": 0.2, **task}).replace("{tmp}", str(made.tmp))
+        tasks.append(json.loads(text))
+    results = dict(zip(SHORT, made.run_all(*tasks), strict=True))
+    for name in ("child", "pid"):
+        results[name] = {"pid": int((made.tmp / name).read_text())}
+    yield results
+    assert made.leftovers() == []
 
 
 def test_job_ends_well(play: Play) -> None:
@@ -143,59 +190,42 @@ def test_job_ends_well(play: Play) -> None:
     assert 0 < result["elapsed_s"] < 60
 
 
-def test_failure_shows_the_last_lines(play: Play) -> None:
-    result = play.run({"argv": play.argv(rc=3), "title": "engine"})
-    assert result["failed"] and result["rc"] == 3
-    assert result["msg"] == "host0: engine: ended with rc 3. Last lines:\nthe end"
-
-
 @pytest.mark.parametrize(
-    ("task", "message"),
+    ("name", "message"),
     [
-        pytest.param({"argv": ["/no/such/program"]}, "No such file or directory", id="no-program"),
-        pytest.param({"argv": ["true"], "chdir": "/no/such/folder"}, "No such file or directory", id="no-folder"),
-        pytest.param({"argv": []}, "argv is empty", id="empty"),
-        pytest.param({"title": "x"}, "one of the following is required", id="nothing-to-do"),
-        pytest.param({"argv": ["true"], "timeout_s": "soon"}, "timeout_s", id="no-number"),
-        pytest.param({"argv": ["true"], "done_when_complete": True}, "mutually exclusive", id="two-ends"),
+        pytest.param("failure", "host0: engine: ended with rc 3. Last lines:\nthe end", id="last-lines"),
+        pytest.param("no-program", "No such file or directory", id="no-program"),
+        pytest.param("no-folder", "No such file or directory", id="no-folder"),
+        pytest.param("empty", "argv is empty", id="empty"),
+        pytest.param("nothing-to-do", "one of the following is required", id="nothing-to-do"),
+        pytest.param("no-number", "timeout_s", id="no-number"),
+        pytest.param("two-ends", "mutually exclusive", id="two-ends"),
+        pytest.param("signal", "ended with rc -9", id="signal"),
+        pytest.param("timeout", "not done after timeout_s=1 s; its process group was ended", id="timeout"),
+        pytest.param("ignores", "not done after timeout_s=1 s; its process group was ended", id="ignores-the-request"),
+        pytest.param("stall", "neither its status nor its output changed for stall_timeout_s=1", id="stall"),
+        pytest.param("gave-up", "gave up: no pages", id="gave-up"),
+        pytest.param("no-answer", "not done after timeout_s=1 s (no status yet: rc 4: down)", id="no-answer"),
+        pytest.param("no-status", "status not readable", id="no-status"),
     ],
 )
-def test_refusals(play: Play, task: dict[str, Any], message: str) -> None:
-    result = play.run(task)
-    assert result["failed"] and message in result["msg"]
+def test_failures(short: dict[str, dict[str, Any]], name: str, message: str) -> None:
+    assert short[name]["failed"] and message in short[name]["msg"], short[name]
 
 
-def test_killed_by_a_signal(play: Play) -> None:
-    result = play.run({"argv": ["/bin/sh", "-c", "kill -9 $$"]})
-    assert result["failed"] and result["rc"] == -9
+def test_a_timeout_ends_the_whole_group(short: dict[str, dict[str, Any]]) -> None:
+    assert short["timeout"]["stdout"] == "begun"
+    assert not lives(short["child"]["pid"])
+    assert short["ignores"]["rc"] == -9
+    assert not lives(short["pid"]["pid"])
 
 
-def test_timeout_ends_the_whole_group(play: Play) -> None:
-    child = play.tmp / "child"
-    result = play.run(
-        {"argv": ["/bin/sh", "-c", f"echo begun; sleep 300 & echo $! > {child}; wait"], "timeout_s": 1, "poll_s": 0.2}
-    )
-    assert result["failed"] and "not done after timeout_s=1 s; its process group was ended" in result["msg"]
-    assert result["stdout"] == "begun"
-    assert not lives(int(child.read_text()))
+def test_output_is_a_sign_of_life(short: dict[str, dict[str, Any]]) -> None:
+    assert not short["talking"]["failed"]
 
 
-def test_a_job_that_ignores_the_request_is_killed(play: Play) -> None:
-    pid = play.tmp / "pid"
-    program = (
-        f"import os, signal, time; signal.signal(15, signal.SIG_IGN); open({str(pid)!r}, 'w').write(str(os.getpid()))"
-    )
-    result = play.run({"argv": [sys.executable, "-c", f"{program}; time.sleep(300)"], "timeout_s": 1, "poll_s": 0.2})
-    assert result["failed"] and result["rc"] == -9
-    assert not lives(int(pid.read_text()))
-
-
-def test_stall_is_no_status_and_no_output(play: Play) -> None:
-    quiet = play.run({"argv": ["/bin/sleep", "300"], "stall_timeout_s": 1, "poll_s": 0.2})
-    assert quiet["failed"] and "changed for stall_timeout_s=1" in quiet["msg"]
-    # Output is a sign of life, also without a status.
-    talking = ["/bin/sh", "-c", "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done"]
-    assert not play.run({"argv": talking, "stall_timeout_s": 1, "poll_s": 0.2})["failed"]
+def test_status_command(short: dict[str, dict[str, Any]]) -> None:
+    assert not short["command"]["failed"] and short["command"]["status"]["done"] == 4
 
 
 def test_a_killed_play_leaves_the_job_and_the_next_one_follows_it(play: Play) -> None:
@@ -206,9 +236,8 @@ def test_a_killed_play_leaves_the_job_and_the_next_one_follows_it(play: Play) ->
     wait_for(play.status.exists)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    other = play.run({**task, "argv": play.argv(steps=61)})
+    other, result = play.run_all({**task, "argv": play.argv(steps=61)}, task)
     assert other["failed"] and "runs already with other arguments" in other["msg"]
-    result = play.run(task)
     assert result["attached"] and result["rc"] == 0 and result["status"]["done"] == 60
     assert result["elapsed_s"] >= 6
     starts = (play.tmp / "status.json.starts").read_text().split()
@@ -234,11 +263,14 @@ def test_a_result_nobody_fetched_is_not_taken_for_the_next_one(play: Play) -> No
 
 
 def test_check_mode_starts_nothing(play: Play) -> None:
-    result = play.run({"argv": play.argv(), "status_file": str(play.status)}, "--check")
-    assert result["changed"] and not play.status.exists()
-    assert result["msg"].startswith("check mode: ")
-    waiting = play.run({"status_file": str(play.status), "timeout_s": 1}, "--check")
-    assert not waiting["changed"] and waiting["skipped"]
+    job, wait = play.run_all(
+        {"argv": play.argv(), "status_file": str(play.status)},
+        {"status_file": str(play.status), "timeout_s": 1},
+        arguments=["--check"],
+    )
+    assert job["changed"] and not play.status.exists()
+    assert job["msg"].startswith("check mode: ")
+    assert not wait["changed"] and wait["skipped"]
 
 
 def test_waiting_for_a_status_file(play: Play) -> None:
@@ -248,45 +280,21 @@ def test_waiting_for_a_status_file(play: Play) -> None:
     worker.wait()
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        pytest.param('echo \'{"phase": "failed", "message": "no pages"}\'', "gave up: no pages", id="gave-up"),
-        pytest.param(
-            "echo down >&2; exit 4", "not done after timeout_s=1 s (no status yet: rc 4: down)", id="no-answer"
-        ),
-        pytest.param("echo '{'", "status not readable", id="no-status"),
-    ],
-)
-def test_waiting_in_vain(play: Play, script: str, message: str) -> None:
-    result = play.run({"status_argv": ["/bin/sh", "-c", script], "timeout_s": 1, "poll_s": 0.2})
-    assert result["failed"] and message in result["msg"]
-
-
-def test_status_command(play: Play) -> None:
-    result = play.run({"status_argv": ["/bin/echo", '{"done": 4, "total": 4}'], "timeout_s": 5})
-    assert not result["failed"] and result["status"]["done"] == 4
-
-
 def test_a_log_gets_a_line_at_least_every_10_s(play: Play) -> None:
-    command = play.command({"argv": play.argv(steps=11, pause=1.0), "status_file": str(play.status), "title": "slow"})
+    command = play.command({"argv": play.argv(steps=14, pause=1.0), "status_file": str(play.status), "title": "slow"})
     process = subprocess.Popen(command, env=environment(play.tmp), stdout=subprocess.PIPE, text=True)
-    began = time.monotonic()
-    seen = None
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("host0 | slow: "):
-            seen = time.monotonic() - began
-            assert re.search(r"work, \d+ %, \d+ of 11 steps, 1\.\d+ steps/s, \d+ s left, \d+ s elapsed", line), line
-            break
-    process.communicate()
+    line = next((line for line in process.stdout if line.startswith("host0 | slow: ")), "")
     # It arrived while the job ran, not when Ansible's buffer was full.
-    assert seen is not None and seen < 11.9
+    assert json.loads(play.status.read_text())["done"] < 14
+    assert re.search(r"work, \d+ %, \d+ of 14 steps, [01]\.\d+ steps/s, \d+ s left, \d+ s elapsed", line), line
+    process.communicate()
 
 
 def test_a_terminal_gets_one_block_for_all_hosts(play: Play) -> None:
     argv = ["/bin/sh", "-c", "sleep 3; echo {{ inventory_hostname }}"]
-    command = play.command({"argv": argv, "title": "side by side", "poll_s": 0.5}, "--forks", "3", hosts=3)
+    task = {"argv": argv, "title": "side by side", "poll_s": 0.5}
+    command = play.command(task, arguments=["--forks", "3"], hosts=3)
     master, slave = pty.openpty()
     process = subprocess.Popen(
         command,
