@@ -7,7 +7,7 @@ from __future__ import annotations
 
 def test_the_host_is_the_one_that_converged(host):
     name = host.backend.get_pytest_id().removeprefix("ansible://")
-    assert host.file("/etc/smoke").content_string == f"{name}\n"
+    assert host.file("/etc/smoke").content_string == f"{name} from the group\n"
     assert host.check_output("hostname") == name
     assert name.endswith(host.system_info.codename)
 
