@@ -177,30 +177,27 @@ def parse_zoneinfo(text: str) -> dict[int, Zones]:
     pages, nor hugetlb_free_vmemmap, nor the kernel's own size changes it.
     """
     found: dict[int, Zones] = {}
-    node = zone = None
-    spanned = present = 0
-    for match in re.finditer(
-        r"^Node +([0-9]{1,6}), zone +(\w+)|^ +(spanned|present) +([0-9]{1,15})$|^ +start_pfn: +([0-9]{1,15})$",
-        text,
-        re.MULTILINE,
-    ):
-        if match[1] is not None:
-            node, zone = int(match[1]), match[2]
-            found.setdefault(node, Zones(0, 0, 0))
-            spanned = present = 0
-        elif match[3] == "spanned":
-            spanned = int(match[4])
-        elif match[3] == "present":
-            present = int(match[4])
-        elif node is not None and zone != "Device" and spanned:
-            start = int(match[5]) * PAGE_BYTES
-            end = start + spanned * PAGE_BYTES
-            before = found[node]
-            found[node] = Zones(
-                before.present + present * PAGE_BYTES,
-                min(before.start, start) if before.end else start,
-                max(before.end, end),
-            )
+    # Most of the file is page sets, one per CPU, which no pattern needs to look at.
+    for section in ("\n" + text).split("\nNode ")[1:]:
+        header = re.match(r" *([0-9]{1,6}), zone +(\w+)", section)
+        if not header:
+            raise ValueError(f"{ZONEINFO} holds {'Node ' + section[:40]!r}, a node and a zone expected")
+        node = int(header[1])
+        before = found.setdefault(node, Zones(0, 0, 0))
+        counts = dict(
+            re.findall(r"^ +(spanned|present) +([0-9]{1,15})$", section.split("pagesets", 1)[0], re.MULTILINE)
+        )
+        first = re.search(r" start_pfn: +([0-9]{1,15})", section[max(section.rfind("start_pfn:") - 1, 0) :])
+        spanned = int(counts.get("spanned", 0))
+        if header[2] == "Device" or not spanned or not first:
+            continue
+        start = int(first[1]) * PAGE_BYTES
+        end = start + spanned * PAGE_BYTES
+        found[node] = Zones(
+            before.present + int(counts.get("present", 0)) * PAGE_BYTES,
+            min(before.start, start) if before.end else start,
+            max(before.end, end),
+        )
     if not found:
         raise ValueError(f"{ZONEINFO} names no node")
     return found

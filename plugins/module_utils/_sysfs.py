@@ -17,13 +17,17 @@ def read_text(root: str, path: str, limit: int = MAX_BYTES) -> str:
     """Return at most the first `limit` bytes of the file at `path` below `root`; raises OSError."""
     chunks: list[bytes] = []
     left = limit
-    with open(root.rstrip("/") + path, "rb", buffering=0) as file:
+    # Hundreds of small files on a large host: a descriptor costs half of what a file object does.
+    descriptor = os.open(root.rstrip("/") + path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         while left:
-            chunk = file.read(min(left, CHUNK_BYTES))
+            chunk = os.read(descriptor, min(left, CHUNK_BYTES))
             if not chunk:
                 break
             chunks.append(chunk)
             left -= len(chunk)
+    finally:
+        os.close(descriptor)
     return b"".join(chunks).decode("utf-8", "replace")
 
 
