@@ -56,6 +56,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return result
         before, _state = self._look()
         with Reporter(host, args["title"]) as reporter:
+            reporter.tell_clock("asking for it", args["expected_s"])
             request = self._low_level_execute_command(
                 _REQUEST.format(verb="reboot", plain="reboot || shutdown -r now"), sudoable=True
             )
