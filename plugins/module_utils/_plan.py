@@ -165,6 +165,12 @@ def _fact(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
+def _entry(row: object, where: str) -> None:
+    """Raise Refusal unless an entry of a list of facts is a dictionary."""
+    if not isinstance(row, Mapping):
+        raise Refusal(f"{_FACT}{where}", f"{row!r:.60}", "a dictionary", "Gather it with cpullm.epyc.numa_facts.")
+
+
 def parse_machine(numa: Any) -> Machine:
     """Return the machine of a cpullm_numa fact; raises Refusal that names what is missing."""
     if not isinstance(numa, Mapping):
@@ -180,15 +186,18 @@ def parse_machine(numa: Any) -> Machine:
     rows = _fact(numa, "nodes", list, "")
     for index, row in enumerate(rows):
         where = f".nodes[{index}]"
+        _entry(row, where)
         ranges = row.get("gib_ranges")
-        memory = _fact(row, "memory_bytes", int, where) // MEMORY_STEP * MEMORY_STEP
-        nodes[_fact(row, "node", int, where)] = Node(
-            int(row["node"]), memory, ranges if isinstance(ranges, int) and not isinstance(ranges, bool) else None
-        )
+        known = isinstance(ranges, int) and not isinstance(ranges, bool)
+        number = _fact(row, "node", int, where)
+        memory = max(0, _fact(row, "memory_bytes", int, where)) // MEMORY_STEP * MEMORY_STEP
+        nodes[number] = Node(number, memory, ranges if known else None)
     sockets = []
     for index, row in enumerate(_fact(numa, "sockets", list, "")):
         where = f".sockets[{index}]"
-        members = [nodes[number] for number in _fact(row, "nodes", list, where) if number in nodes]
+        _entry(row, where)
+        numbers = _fact(row, "nodes", list, where)
+        members = [nodes[number] for number in numbers if isinstance(number, int) and number in nodes]
         sockets.append(
             Socket(
                 socket=_fact(row, "socket", int, where),
@@ -343,7 +352,7 @@ def _check_overrides(overrides: Overrides, model: Model) -> str:
     if overrides.context is not None and overrides.context < 1:
         raise refuse("context", overrides.context, "at least 1")
     if overrides.system_reserve_bytes is not None and overrides.system_reserve_bytes < 0:
-        raise refuse("system_reserve_gib", gib(overrides.system_reserve_bytes), "0 or more")
+        raise refuse("system_reserve_gib", round(overrides.system_reserve_bytes / GIB, 2), "0 or more")
     if overrides.weights not in WEIGHTS:
         raise refuse("weights", overrides.weights, f"one of {', '.join(WEIGHTS)}")
     if overrides.cache_type_k not in CACHE_TYPES:
