@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,23 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 plan = plans[build["owner"]]
                 try:
                     have_source(cache, parse_source(plan["source"]))
+                    check_build_host(args["build_host"], (task_vars or {}).get("groups", {}).get("all", []))
                     if args["build_host"] == "localhost":
                         check_controller(plan["release"], args["ccache"])
                 except ValueError as error:
                     build["reason"] = str(error)
         result.update(changed=False, cache=str(cache), builds=builds)
         return result
+
+
+def check_build_host(build_host: str | None, known: Sequence[str]) -> None:
+    """Raise ValueError for a build host that the inventory does not know."""
+    if build_host is not None and build_host != "localhost" and build_host not in known:
+        raise ValueError(
+            refusal(
+                "llamacpp_build_host", repr(build_host), "null, localhost or a host of the inventory", "Correct it."
+            )
+        )
 
 
 def check_controller(release: str, ccache: bool) -> None:

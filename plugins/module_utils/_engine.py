@@ -278,9 +278,14 @@ def install(archive: str, sha256: str, prefix: str, identifier: str) -> None:
     found = sha256_file(archive)
     if found != sha256:
         raise ValueError(f"{archive}: found sha256 {found}, expected {sha256}")
-    os.makedirs(prefix, mode=0o755, exist_ok=True)
-    with locked(prefix):
-        _install_locked(archive, prefix, identifier)
+    # The service's user must read what root installs, whatever umask root's shell has.
+    umask = os.umask(0o022)
+    try:
+        os.makedirs(prefix, mode=0o755, exist_ok=True)
+        with locked(prefix):
+            _install_locked(archive, prefix, identifier)
+    finally:
+        os.umask(umask)
 
 
 def _install_locked(archive: str, prefix: str, identifier: str) -> None:

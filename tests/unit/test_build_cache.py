@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.cpullm.epyc.plugins.action import llamacpp_source
-from ansible_collections.cpullm.epyc.plugins.module_utils._build import parse_source
+from ansible_collections.cpullm.epyc.plugins.action import llamacpp_build_schedule, llamacpp_source
+from ansible_collections.cpullm.epyc.plugins.module_utils._build import parse_os_release, parse_source
 from ansible_collections.cpullm.epyc.plugins.plugin_utils import _llamacpp
 
 DIFF = b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-old\n+new\n"
@@ -123,3 +123,38 @@ def test_download_with_another_hash_leaves_the_cache_alone(tmp_path: Path) -> No
     (tmp_path / "origin.tgz").write_bytes(CONTENT)
     llamacpp_source.fetch(wanted, _llamacpp.source_path(tmp_path, wanted))
     assert _llamacpp.have_source(tmp_path, wanted)
+
+
+RELEASE = parse_os_release(Path("/etc/os-release").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("release", "missing", "user", "message"),
+    [
+        pytest.param(RELEASE, [], 1000, None, id="all-there"),
+        pytest.param(RELEASE, ["cmake"], 0, None, id="root-installs"),
+        pytest.param(RELEASE, ["cmake", "patch"], 1000, "Run: sudo apt install cmake patch", id="no-root"),
+        pytest.param("plan9", [], 0, f"found a controller with {RELEASE}; expected plan9", id="another-release"),
+    ],
+)
+def test_controller_as_build_host(
+    monkeypatch: pytest.MonkeyPatch, release: str, missing: list[str], user: int, message: str | None
+) -> None:
+    monkeypatch.setattr(llamacpp_build_schedule, "missing_build_packages", lambda _ccache: missing)
+    monkeypatch.setattr(llamacpp_build_schedule.os, "geteuid", lambda: user)
+    if message is None:
+        llamacpp_build_schedule.check_controller(release, ccache=False)
+    else:
+        with pytest.raises(ValueError, match="llamacpp_build_host localhost") as caught:
+            llamacpp_build_schedule.check_controller(release, ccache=False)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("build_host", [None, "localhost", "web1"])
+def test_known_build_host(build_host: str | None) -> None:
+    llamacpp_build_schedule.check_build_host(build_host, ["web1"])
+
+
+def test_unknown_build_host() -> None:
+    with pytest.raises(ValueError, match="found 'web2'; expected null, localhost or a host of the inventory"):
+        llamacpp_build_schedule.check_build_host("web2", ["web1"])

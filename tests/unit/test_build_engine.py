@@ -142,7 +142,12 @@ def test_equal_trees_give_equal_artifacts(program: ModuleType, tmp_path: Path) -
 def test_installed_build_is_complete_and_switched(program: ModuleType, tmp_path: Path) -> None:
     artifact, digest = make_artifact(program, tmp_path)
     prefix = tmp_path / "opt"
-    _engine.install(str(artifact), digest, str(prefix), ID)
+    umask = os.umask(0o077)
+    try:
+        _engine.install(str(artifact), digest, str(prefix), ID)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (prefix, prefix / ID, prefix / ID / "bin")} == {0o755}
     assert _engine.find_damage(str(prefix / ID), ID, deep=True) == []
     assert [path.name for path in prefix.iterdir()] == [ID]
     assert _engine.current_build(str(prefix)) is None
