@@ -16,7 +16,8 @@ from typing import Any
 from lab import ssh, state
 from lab.state import Host, LabError, host_lock, kind, lock, need_host, say
 
-BOOT_TIMEOUT_S = 300.0
+# Twenty times what an idle machine takes: under emulation, everything else on the machine slows a boot down.
+BOOT_TIMEOUT_S = 900.0
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ Name=en* eth*
 [Network]
 DHCP=ipv4
 LinkLocalAddressing=no
+LLMNR=no
+MulticastDNS=no
 IPv6AcceptRA=no
 """
 # A root shell without password or session: it must work on a host that has lost its network, and cost no boot time.

@@ -115,7 +115,7 @@ def answers(host: Host, timeout_s: float = 10) -> bool:
     return done.returncode == 0
 
 
-def wait(host: Host, alive: Callable[[], bool], log: Path, timeout_s: float = 300) -> float:
+def wait(host: Host, alive: Callable[[], bool], log: Path, timeout_s: float = 900) -> float:
     """Return the seconds until ssh answered; raise LabError with the console's end if the host dies or stays silent."""
     begin = time.monotonic()
     said = begin
