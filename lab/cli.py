@@ -281,7 +281,12 @@ def _remove(name: str) -> None:
     if host is None:
         for process in state.host_processes(name):
             state.stop_process(process)
-        say(f"{name}: there is no such host, nothing to do")
+        if state.host_directory(name).exists():
+            # The lab was killed while it wrote the first record: there is a folder, and nothing else yet.
+            state.forget_host(name)
+            say(f"{name}: had no record yet; its folder is gone")
+        else:
+            say(f"{name}: there is no such host, nothing to do")
         return
     kind(host.kind).down(host)
     state.forget_host(name)

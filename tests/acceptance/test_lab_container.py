@@ -329,6 +329,13 @@ def test_after_kill_9_of_the_lab_itself(after_s):
     assert remains("half") == []
 
 
+def test_a_folder_without_a_record_is_removed(home):
+    (home / "hosts" / "early").mkdir(parents=True)
+    (home / "hosts" / "early" / ".host.json.x1").touch()
+    lab("down", "early")
+    assert remains("early") == []
+
+
 def test_a_damaged_record_does_not_save_a_container(home):
     lab("up", "odd", "--kind", "container")
     (home / "hosts" / "odd" / "host.json").write_text("{")
