@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ def read_lock(path: str) -> Manifest:
     try:
         return parse_lock(data.decode("utf-8"))
     except ValueError as error:
-        field, _, rest = str(error).partition(": found ")
-        found, _, expected = (rest or str(error)).partition(", expected ")
-        name = f"host_plan_lock {path}" + (f", {field}" if rest else "")
+        # The manifest's own errors read "FIELD: found X, expected Y" or "FIELD: missing, expected Y".
+        match = re.match(r"(?:([a-z0-9_.\[\]]+): )?(?:found )?(.*?)(?:, expected (.*))?$", str(error), re.DOTALL)
+        field, found, expected = match.groups() if match else (None, str(error), None)
+        name = f"host_plan_lock {path}" + (f", {field}" if field else "")
         raise Refusal(name, found, expected or "a valid lock", way_out) from None
 
 
