@@ -209,7 +209,7 @@ def _prune_trees(release: str, newest: Path) -> None:
             _delete(entry)
 
 
-def overlay_works(place: Path) -> bool:
+def overlay_works(place: Path, environment: dict[str, str]) -> bool:
     """Return whether this kernel lets the lab stack one folder on another there."""
     probe = place / ".overlay-probe"
     _delete(probe)
@@ -218,7 +218,7 @@ def overlay_works(place: Path) -> bool:
         part.mkdir(parents=True)
     options = overlay_options(parts[0], parts[1], parts[2])
     argv = ["unshare", "--mount", "--propagation", "private", "mount", "-t", "overlay", "overlay", "-o", options]
-    done = subprocess.run([*argv, str(parts[3])], capture_output=True, check=False)
+    done = subprocess.run([*argv, str(parts[3])], capture_output=True, check=False, env=environment)
     _delete(probe)
     return done.returncode == 0
 
@@ -241,7 +241,7 @@ def _make_root(host: Host) -> None:
     """Give a new container its root file system, with its name, keys and network settings in it."""
     lower = tree(host.release)
     host.extra["tree"] = str(lower)
-    host.extra["overlay"] = overlay_works(host.directory)
+    host.extra["overlay"] = overlay_works(host.directory, network.marked(host.name))
     host.save()
     for part in ("upper", "work", "root"):
         _delete(host.directory / part)
@@ -254,7 +254,7 @@ def _make_root(host: Host) -> None:
         layer.chmod(0o755)
     else:
         say(f"{host.name}: overlayfs is refused here; copying the root file system")
-        _run(["cp", "-a", "--reflink=auto", f"{lower}/.", str(layer)])
+        _copy(host, lower, layer)
     for seed in seeds(host, ssh.keys()):
         path = layer / seed.path
         _make_parents(layer, lower, path.parent)
@@ -487,7 +487,7 @@ class Container:
         work = kept / f".{name}.work"
         _delete(work)
         with _frozen(host.name):
-            _copy(_layer(host), work)
+            _copy(host, _layer(host), work)
         old = kept / f".{name}.old"
         _delete(old)
         if (kept / name).exists():
@@ -507,7 +507,7 @@ class Container:
         layer = _layer(host)
         work = host.directory / "restored"
         _delete(work)
-        _copy(source, work)
+        _copy(host, source, work)
         _delete(layer)
         work.rename(layer)
         _delete(host.directory / "work")
@@ -583,10 +583,10 @@ def _forget_machine(label: str) -> None:
         (_NSPAWN / "propagate" / label).rmdir()
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(host: Host, source: Path, target: Path) -> None:
     """Copy a tree with owners, modes, devices, links and all extended attributes (overlay's among them)."""
-    target.mkdir()
-    _run(["cp", "-a", "--reflink=auto", f"{source}/.", str(target)])
+    target.mkdir(exist_ok=True)
+    _run(["cp", "-a", "--reflink=auto", f"{source}/.", str(target)], network.marked(host.name))
 
 
 def _delete(path: Path) -> None:
@@ -597,9 +597,9 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], environment: dict[str, str] | None = None) -> None:
     """Run a program, or raise LabError with what it said."""
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise LabError(f"'{shlex.join(argv)}' ended with {done.returncode}: {done.stderr.strip()[-800:]}")
 

@@ -63,8 +63,8 @@ def socket_path(name: str) -> Path:
 def start(host: Host) -> None:
     """Make the host's namespace, connect it, and open its forwards; what was left of an earlier start is removed."""
     stop(host)
-    _ip("netns", "add", label(host.name))
-    _ip("-n", label(host.name), "link", "set", "lo", "up")
+    _ip(host.name, "netns", "add", label(host.name))
+    _ip(host.name, "-n", label(host.name), "link", "set", "lo", "up")
     _start_slirp(host)
     for port, guest_port in [[host.ssh_port, 22], *host.forwards]:
         add_forward(host.name, port, guest_port)
@@ -186,9 +186,14 @@ def parse_answer(answer: bytes) -> dict[str, Any]:
     return result
 
 
-def _ip(*arguments: str) -> None:
-    """Run ip, or raise LabError with what it said."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+def marked(name: str) -> dict[str, str]:
+    """Return the environment for a program run for a host: 'down' finds it if it outlives a killed lab."""
+    return {**os.environ, state.ENVIRONMENT_MARK: str(state.host_directory(name))}
+
+
+def _ip(name: str, *arguments: str) -> None:
+    """Run ip for a host, or raise LabError with what it said."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False, env=marked(name))
     if done.returncode != 0:
         raise LabError(f"'ip {' '.join(arguments)}' failed: {done.stderr.strip()}")
 
