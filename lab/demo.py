@@ -159,13 +159,13 @@ def up() -> None:
                 site(port, "--check", "--diff", "--extra-vars=grub_hugepages_reboot_allowed=true")
         with step("site.yml, with consent to reboot"):
             site(port, "--extra-vars=grub_hugepages_reboot_allowed=true")
-    forwards = {guest: local for local, guest in (host() or {})["forwards"]}
+    ports = {guest: local for local, guest in (host() or {})["forwards"]}
     with step("ask for a completion"):
-        answer = complete(forwards[PORTS[0]], reference)
+        answer = complete(ports[PORTS[0]], reference)
     print()
     print(answer["choices"][0]["message"]["content"])
     print()
-    print(f"  address    http://127.0.0.1:{forwards[PORTS[0]]}/v1  (and {forwards[PORTS[1]]} for the second socket)")
+    print(f"  address    http://127.0.0.1:{ports[PORTS[0]]}/v1  (and {ports[PORTS[1]]} for the second socket)")
     print(
         f"  decode     {answer['timings']['predicted_per_second']:.1f} tokens/s, emulated: no measure of the hardware"
     )

@@ -52,7 +52,7 @@ sanity() {
 # The engine for this machine's CPU, built by the role as an operator's controller would.
 engine() {
   ansible-playbook -i inventories/local tests/engine/build.yml
-  CPULLM_ENGINE=$CPULLM_CACHE/engine/current python -m pytest -q tests/engine
+  CPULLM_ENGINE_BIN=$CPULLM_CACHE/engine/current/bin python -m pytest -q tests/engine
 }
 
 lab() {
