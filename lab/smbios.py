@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """SMBIOS structures as bytes, for QEMU's ``-smbios file=``: the memory devices of a two-socket EPYC board.
 
-Layouts: DMTF DSP0134 3.7, clause 7.18 (type 17, Memory Device).
+Layouts: DMTF DSP0134 3.7, clauses 7.17 (type 16, Physical Memory Array) and 7.18 (type 17, Memory Device). QEMU drops
+its own structures of a type that comes from a file; its processors (type 4) stay, one per socket.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import dataclasses
 import struct
 from collections.abc import Sequence
 
-# QEMU's own physical memory array (type 16) has this handle (hw/smbios/smbios.c, T16_BASE).
-QEMU_ARRAY_HANDLE = 0x1000
-# QEMU numbers its own structures below this; ours start here.
-FIRST_HANDLE = 0x2000
+# The handle of QEMU's own array, which its mapped addresses (type 19) refer to (hw/smbios/smbios.c, T16_BASE).
+ARRAY_HANDLE = 0x1000
+# Far above everything that QEMU numbers itself.
+DEVICE_HANDLE = 0x2000
 
 _TYPE_DDR5 = 0x22
 _FORM_DIMM = 0x09
 _DETAIL_SYNCHRONOUS_REGISTERED = 1 << 7 | 1 << 13
 _TECHNOLOGY_DRAM = 0x03
 _MODE_VOLATILE = 1 << 3
+_LOCATION_BOARD = 0x03
+_USE_SYSTEM = 0x03
+_CORRECTION_MULTI_BIT = 0x06
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Dimm:
 
     locator: str
     bank: str
+    socket: int = 0
     size_gib: int = 64
     rated_mts: int = 5600
     configured_mts: int = 4800
@@ -46,7 +51,7 @@ def structure(kind: int, handle: int, body: bytes, strings: Sequence[str]) -> by
     return struct.pack("<BBH", kind, 4 + len(body), handle) + body + area + b"\0"
 
 
-def memory_device(dimm: Dimm, handle: int, array_handle: int = QEMU_ARRAY_HANDLE) -> bytes:
+def memory_device(dimm: Dimm, handle: int) -> bytes:
     """Return the type 17 structure of one slot, 92 bytes long as of SMBIOS 3.3, and its strings."""
     populated = dimm.size_gib > 0
     strings = [dimm.locator, dimm.bank]
@@ -57,7 +62,7 @@ def memory_device(dimm: Dimm, handle: int, array_handle: int = QEMU_ARRAY_HANDLE
     short_size = 0 if not populated else size_mib if size_mib < 0x7FFF else 0x7FFF
     body = struct.pack(
         "<HHHHHBBBBBHHBBBBBIHHHHBHBHHHHQQQQII",
-        array_handle,
+        ARRAY_HANDLE + dimm.socket,
         0xFFFE,  # error information: not provided
         dimm.total_bits if populated else 0xFFFF,
         dimm.data_bits if populated else 0xFFFF,
@@ -96,12 +101,23 @@ def memory_device(dimm: Dimm, handle: int, array_handle: int = QEMU_ARRAY_HANDLE
     return structure(17, handle, body, strings)
 
 
-def two_socket_board(channels: int = 6, letters: str = "ABCDEFGHIJKL") -> list[Dimm]:
-    """Return the lab's default board: two sockets, one 64 GB DDR5-5600 DIMM on each of their first channels."""
+def memory_array(handle: int, slots: int, capacity_gib: int) -> bytes:
+    """Return the type 16 structure of one socket's slots: on the board, system memory, multi-bit ECC."""
+    # 0x80000000 in the 32-bit capacity means: look at the extended capacity, which is in bytes.
+    numbers = (_LOCATION_BOARD, _USE_SYSTEM, _CORRECTION_MULTI_BIT, 0x80000000, 0xFFFE, slots, capacity_gib << 30)
+    return structure(16, handle, struct.pack("<BBBIHHQ", *numbers), [])
+
+
+def two_socket_board(channels: int = 6) -> list[Dimm]:
+    """Return the lab's board: two sockets, one 64 GB DDR5-5600 DIMM on each of their first channels.
+
+    The labels are those of AMD's reference firmware, in which only the bank tells the socket and the channel.
+    """
     return [
         Dimm(
-            locator=f"DIMM {letters[channel]}1",
-            bank=f"P{socket} CHANNEL {letters[channel]}",
+            locator="DIMM 0",
+            bank=f"P{socket} CHANNEL {chr(ord('A') + channel)}",
+            socket=socket,
             serial=f"1AB{socket:01d}{channel:04d}",
         )
         for socket in range(2)
@@ -109,6 +125,8 @@ def two_socket_board(channels: int = 6, letters: str = "ABCDEFGHIJKL") -> list[D
     ]
 
 
-def memory_devices(dimms: Sequence[Dimm]) -> list[bytes]:
-    """Return one type 17 structure per slot, with handles of their own."""
-    return [memory_device(dimm, FIRST_HANDLE + number) for number, dimm in enumerate(dimms)]
+def tables(dimms: Sequence[Dimm]) -> list[bytes]:
+    """Return one array per socket and one device per slot, each with a handle of its own."""
+    slots = {socket: [dimm for dimm in dimms if dimm.socket == socket] for socket in {dimm.socket for dimm in dimms}}
+    arrays = [memory_array(ARRAY_HANDLE + socket, len(slots[socket]), 256 * len(slots[socket])) for socket in slots]
+    return arrays + [memory_device(dimm, DEVICE_HANDLE + number) for number, dimm in enumerate(dimms)]

@@ -48,6 +48,7 @@ MEMORY_GIB = (2, 16)
 CPUS = (1, 16)
 FIRMWARES = ("bios", "uefi")
 BOOTED_VERSION = 2
+TABLES = smbios.tables(smbios.two_socket_board())
 PROGRAM = "qemu-system-x86_64"
 
 _BOOTED_FILES = ("base.qcow2", "booted.qcow2", "state")
@@ -73,7 +74,6 @@ class Machine:
     memory_gib: int = DEFAULT_MEMORY_GIB
     accelerator: str = "tcg"
     firmware: str = "bios"
-    dimms: int = 12
 
     @property
     def nodes(self) -> int:
@@ -99,8 +99,8 @@ def machine_argv(machine: Machine) -> list[str]:
         argv += ["-numa", f"cpu,node-id={node},socket-id={node}"]
     if machine.nodes == 2:
         argv += ["-numa", "dist,src=0,dst=1,val=32"]
-    for number in range(machine.dimms):
-        argv += ["-smbios", f"file=dimm{number}.bin"]
+    for number in range(len(TABLES)):
+        argv += ["-smbios", f"file=table{number}.bin"]
     if machine.firmware == "uefi":
         argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={_OVMF_CODE}"]
         argv += ["-drive", "if=pflash,unit=1,format=qcow2,file=variables.qcow2"]
@@ -292,7 +292,7 @@ class Vm:
     def _booted(self, host: Host) -> Path:
         """Return the folder of the booted state that fits a host; it may not exist."""
         version = subprocess.run([PROGRAM, "--version"], check=True, capture_output=True, text=True).stdout
-        tables = [table.hex() for table in smbios.memory_devices(smbios.two_socket_board())]
+        tables = [table.hex() for table in TABLES]
         parts = [BOOTED_VERSION, host.extra["image"], machine_argv(machine_of(host)), tables, version]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         return folder("images") / f"{host.release}-booted-{digest}"
@@ -357,8 +357,8 @@ class Vm:
 
     def _start(self, host: Host, arguments: Sequence[str] = ()) -> None:
         stop_processes(host, 0)
-        for number, table in enumerate(smbios.memory_devices(smbios.two_socket_board())):
-            (host.directory / f"dimm{number}.bin").write_bytes(table)
+        for number, table in enumerate(TABLES):
+            (host.directory / f"table{number}.bin").write_bytes(table)
         for name in ("qmp.sock", "console.sock", "qemu.log"):
             (host.directory / name).unlink(missing_ok=True)
         argv = [PROGRAM, *machine_argv(machine_of(host)), *host_argv(host), *arguments]
