@@ -105,6 +105,15 @@ def test_try_without_enough_serves_and_warns(
     assert "LLAMA_WEIGHTS_HUGEPAGES=try: going on in small pages" in server.log
 
 
+def test_a_killed_server_keeps_no_page(servers: Servers, model: Model, pool: Pool) -> None:
+    pool.free_exactly(model.pages)
+    server = servers.start(model, LLAMA_WEIGHTS_HUGEPAGES="require")
+    assert server.ready, server.log
+    server.process.kill()
+    server.process.wait()
+    wait_for_free(model.pages)
+
+
 def test_require_one_page_short(servers: Servers, model: Model, pool: Pool) -> None:
     pool.free_exactly(model.pages - 1)
     log = failure(servers.start(model, LLAMA_WEIGHTS_HUGEPAGES="require"))
@@ -118,9 +127,6 @@ def test_a_second_server_finds_no_page(servers: Servers, model: Model, pool: Poo
     log = failure(servers.start(model, LLAMA_WEIGHTS_HUGEPAGES="require"))
     assert numbers(model, 0) in log
     assert first.complete()
-    first.process.kill()
-    first.process.wait()
-    wait_for_free(model.pages)
 
 
 @pytest.mark.parametrize(
