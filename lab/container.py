@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import shlex
 import shutil
@@ -448,11 +449,6 @@ class Container:
             if not state.process_alive(supervisor) or time.monotonic() > deadline:
                 raise LabError(f"{host.name}: the container did not start; the end of {log}:\n{ssh.tail(log)}")
             time.sleep(0.02)
-        # nspawn leaves its lock behind, named for a device number that dies with the mount.
-        with contextlib.suppress(OSError):
-            found = Path(f"/proc/{leader(host.name)}/root/").stat()
-            host.extra["nspawn_locks"] = [*host.extra.get("nspawn_locks", []), f"inode-{found.st_dev}:{found.st_ino}"]
-        host.save()
 
     def down(self, host: Host) -> None:
         """End the container and remove what it has outside its folder."""
@@ -549,10 +545,6 @@ class Container:
         network.stop(host)
         _remove_groups(host.name)
         _forget_machine(network.label(host.name))
-        for lock in host.extra.pop("nspawn_locks", []):
-            (_NSPAWN / "locks" / str(lock)).unlink(missing_ok=True)
-        if host.directory.is_dir():
-            host.save()
 
 
 def sweep() -> list[str]:
@@ -578,9 +570,17 @@ def sweep() -> list[str]:
 
 
 def _forget_machine(label: str) -> None:
-    """Remove the folder that nspawn keeps per container to pass mounts into it."""
+    """Remove what nspawn leaves: a folder to pass mounts into the container, and a lock that nobody holds.
+
+    The lock is named for a device number that died with the mount, so that only a try tells whose it was.
+    """
     with contextlib.suppress(OSError):
         (_NSPAWN / "propagate" / label).rmdir()
+    for lock in (_NSPAWN / "locks").glob("inode-*"):
+        with contextlib.suppress(OSError), lock.open("a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # nspawn looks for the file again once it has the lock, and makes another if this one is gone.
+            lock.unlink()
 
 
 def _copy(host: Host, source: Path, target: Path) -> None:
