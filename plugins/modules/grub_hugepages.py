@@ -109,7 +109,7 @@ def main() -> None:
             if not module.check_mode:
                 if change.needed:
                     _grub.apply(host, change, run)
-                elif not present:
+                else:
                     _grub.forget(host)
     except (OSError, ValueError) as error:
         module.fail_json(msg=str(error))
