@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -128,8 +129,66 @@ def complete(local_port: int, reference: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = json.load(stream)
     text = answer["choices"][0]["message"]["content"]
     if text != case["content"]:
-        raise DemoError(f"the completion is {text!r}, expected {case["content"]!r}")
+        raise DemoError(f"the completion is {text!r}, expected {case['content']!r}")
     return answer
+
+
+def plan() -> dict[str, Any]:
+    """Return the plan of the VM, as the last run kept it among the facts."""
+    for path in (WORK / "facts").glob(f"*{NAME}"):
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "cpullm_plan" in facts:
+            found: dict[str, Any] = facts["cpullm_plan"]
+            return found
+    raise DemoError(f"no plan among the facts in {WORK / 'facts'}")
+
+
+def observed() -> list[str]:
+    """Return what the VM itself says: its command line, its pools, and each server's pages and arguments."""
+    script = (
+        "cat /proc/cmdline; cat /sys/devices/system/node/node*/hugepages/hugepages-1048576kB/nr_hugepages | xargs;"
+        " for n in 0 1; do pid=$(systemctl show --property=MainPID --value llama-server@$n);"
+        " awk '/^HugetlbPages:/ { print $2 }' /proc/$pid/status; tr '\\0' ' ' </proc/$pid/cmdline; echo; done"
+    )
+    return lab("ssh", NAME, "--", script, capture=True).splitlines()
+
+
+def table(planned: dict[str, Any], answer: dict[str, Any]) -> list[str]:
+    """Return the lines that set what was asked beside what was planned and what the VM shows."""
+    cmdline, pools, *servers = observed()
+    arguments = planned["kernel_arguments"]
+    found = [word for word in cmdline.split() if word in arguments]
+    rows = [
+        ("", "asked", "planned", "found"),
+        ("kernel arguments", "", " ".join(arguments), " ".join(found)),
+        (
+            "1 GiB pages of each node",
+            f"{len(planned['model']['shards'])} shards a server",
+            " ".join(str(entry["pages"]) for entry in planned["pages"]["nodes"]),
+            pools,
+        ),
+    ]
+    for instance, kib, words in zip(planned["instances"], servers[::2], servers[1::2]):
+        options = words.split()
+        number = instance["instance"]
+        rows += [
+            (f"HugetlbPages of server {number}", "", f"{instance['pages'] * 1048576} kB", f"{kib} kB"),
+            (
+                f"threads of server {number}",
+                "all cores of its socket",
+                f"{instance['threads']} and {instance['threads_batch']}",
+                f"{options[options.index('--threads') + 1]} and {options[options.index('--threads-batch') + 1]}",
+            ),
+            (
+                f"context of server {number}",
+                "the largest that fits",
+                str(planned["context"]),
+                options[options.index("--ctx-size") + 1],
+            ),
+        ]
+    rows.append(("decode, emulated", "", "", f"{answer['timings']['predicted_per_second']:.1f} tokens/s"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def up() -> None:
@@ -162,16 +221,13 @@ def up() -> None:
     ports = {guest: local for local, guest in (host() or {})["forwards"]}
     with step("ask for a completion"):
         answer = complete(ports[PORTS[0]], reference)
+    print(f"\n{answer['choices'][0]['message']['content']}\n")
+    for line in table(plan(), answer):
+        print(f"  {line}")
     print()
-    print(answer["choices"][0]["message"]["content"])
-    print()
-    print(f"  address    http://127.0.0.1:{ports[PORTS[0]]}/v1  (and {ports[PORTS[1]]} for the second socket)")
-    print(
-        f"  decode     {answer['timings']['predicted_per_second']:.1f} tokens/s, emulated: no measure of the hardware"
-    )
-    print(
-        "  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'"
-    )
+    addresses = " and ".join(f"http://127.0.0.1:{ports[port]}/v1" for port in PORTS)
+    print(f"  address    {addresses}, one for each socket")
+    print("  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'")
     print("  again      make demo: quick, and says what it reuses")
     print("  away       make demo-down")
     say(f"serving after {(time.monotonic() - begin) / 60:.1f} minutes")
@@ -180,10 +236,7 @@ def up() -> None:
 def down() -> None:
     """Remove the VM and what the demo wrote into the clone."""
     lab("down", NAME)
-    for entry in sorted(WORK.glob("*")):
-        entry.unlink()
-    with contextlib.suppress(FileNotFoundError):
-        WORK.rmdir()
+    shutil.rmtree(WORK, ignore_errors=True)
 
 
 def main() -> int:
@@ -192,6 +245,9 @@ def main() -> int:
     parser.add_argument("command", choices=["up", "ssh", "down"])
     command = parser.parse_args().command
     os.environ.setdefault("ANSIBLE_CONFIG", str(CLONE / "ansible.cfg"))
+    # Keeps the plan, for the table at the end.
+    os.environ["ANSIBLE_CACHE_PLUGIN"] = "ansible.builtin.jsonfile"
+    os.environ["ANSIBLE_CACHE_PLUGIN_CONNECTION"] = str(WORK / "facts")
     try:
         if command == "ssh":
             return subprocess.run([sys.executable, "-m", "lab", "ssh", NAME], cwd=CLONE, check=False).returncode
