@@ -125,11 +125,9 @@ class Source(Protocol):
     @property
     def size(self) -> int:
         """Return the file's size in bytes."""
-        ...
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes from ``offset``, which the caller knows to be inside the file."""
-        ...
 
 
 class BytesSource:
@@ -332,13 +330,13 @@ def _array(reader: _Reader, what: str, depth: int) -> Array:
     # An inner array costs several times a string's time.
     reader.spend(count * 8 if number == _ARRAY else count, what)
     if number == _ARRAY:
-        for _ in range(count):
+        for _dummy in range(count):
             _array(reader, what, depth + 1)
         return Array(name, count, None)
     if number == _STRING and count > MAX_KEPT_ITEMS:
         reader.skip_strings(count, what)
         return Array(name, count, None)
-    return Array(name, count, tuple(_scalar(reader, number, f"an item of {what}") for _ in range(count)))
+    return Array(name, count, tuple(_scalar(reader, number, f"an item of {what}") for _dummy in range(count)))
 
 
 def _pairs(reader: _Reader, count: int) -> dict[str, Value]:
@@ -372,7 +370,7 @@ def _tensor(reader: _Reader, index: int) -> Tensor:
     count = reader.u32(f"the dimensions of {what}")
     if count > MAX_DIMS:
         raise ValueError(f"offset {start}: {what} has {count} dimensions, at most {MAX_DIMS} are known")
-    dims = tuple(reader.u64(f"the dimensions of {what}") for _ in range(count))
+    dims = tuple(reader.u64(f"the dimensions of {what}") for _dummy in range(count))
     elements = 1
     for size in dims:
         elements *= size
@@ -620,7 +618,7 @@ def describe_model(shards: Sequence[tuple[str, Header]]) -> Model:
     architecture = header.text("general.architecture")
     if not architecture:
         raise ValueError(f"{file}: general.architecture is missing")
-    tensors = [tensor for _, item in shards for tensor in item.tensors]
+    tensors = [tensor for _dummy, item in shards for tensor in item.tensors]
 
     def number(key: str, default: int = 0) -> int:
         try:

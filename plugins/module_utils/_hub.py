@@ -55,7 +55,7 @@ def _plain(address: str) -> str:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects; the token goes along only within the hub, and TLS is never left."""
 
-    def redirect_request(  # noqa: PLR0917 - the library's signature
+    def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         following = super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -157,7 +157,7 @@ class Hub:
         """Return the commit that a branch, tag or commit names."""
         name = urllib.parse.quote(revision, safe="")
         address = f"{self.endpoint}/api/models/{urllib.parse.quote(repo)}/revision/{name}"
-        data, _ = self._json(address)
+        data, _dummy = self._json(address)
         sha = data.get("sha") if isinstance(data, dict) else None
         if not isinstance(sha, str) or not re.fullmatch(r"[0-9a-f]{40}", sha):
             raise HubError(f"{_plain(address)}: found {sha!r:.80} as the commit, expected 40 hexadecimal digits")
@@ -169,7 +169,7 @@ class Hub:
         address = f"{base}?recursive=true"
         seen: set[str] = set()
         found: list[Candidate] = []
-        for _ in range(MAX_PAGES):
+        for _dummy in range(MAX_PAGES):
             if address in seen:
                 raise HubError(f"{_plain(address)}: the pages of the tree form a loop")
             seen.add(address)
@@ -235,7 +235,7 @@ class RangeSource:
                 raise http.client.IncompleteRead(data, length - len(data))
             return data
 
-        data, _ = self._hub.get(self._address, {"Range": f"bytes={offset}-{offset + length - 1}"}, body)
+        data, _dummy = self._hub.get(self._address, {"Range": f"bytes={offset}-{offset + length - 1}"}, body)
         return data
 
     def _check_range(self, header: str | None, offset: int) -> None:

@@ -28,6 +28,7 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._gguf import (
     Header,
     Model,
     PartSum,
+    SplitName,
     TypeSum,
     describe_model,
     parse_split_name,
@@ -283,14 +284,14 @@ def choose_shards(files: Sequence[Candidate], pattern: str | None) -> tuple[str,
     The pattern is a shell's, for the whole path; None matches all. Raises ValueError if there is no model, more than
     one, or one that is not whole.
     """
-    models: dict[tuple[str, str], list[tuple[int, int, Candidate]]] = {}
+    models: dict[tuple[str, str], list[tuple[SplitName, Candidate]]] = {}
     for file in files:
         if pattern is not None and not fnmatch.fnmatchcase(file.path, pattern):
             continue
         folder, slash, name = file.path.rpartition("/")
         split = parse_split_name(name)
         if split is not None:
-            models.setdefault((folder + slash, split.stem), []).append((split.number, split.count, file))
+            models.setdefault((folder + slash, split.stem), []).append((split, file))
     wanted = "" if pattern is None else f" that match {pattern!r}"
     if not models:
         raise ValueError(f"found no GGUF file among {len(files)} files{wanted}")
@@ -299,11 +300,11 @@ def choose_shards(files: Sequence[Candidate], pattern: str | None) -> tuple[str,
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         raise ValueError(f"found {len(names)} models{wanted}, expected one; narrow the pattern: {shown}")
     ((folder, stem), rows) = next(iter(models.items()))
-    counts = sorted({count for _, count, _ in rows})
+    counts = sorted({split.count for split, _file in rows})
     if len(counts) > 1:
         raise ValueError(f"{folder}{stem}: found shards of {' and of '.join(map(str, counts))}, expected one count")
     count = counts[0]
-    numbers = [number for number, _, _ in rows]
+    numbers = sorted(split.number for split, _file in rows)
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     missing = sorted(set(range(1, count + 1)) - set(numbers)) if count <= 10000 else []
     foreign = sorted(number for number in numbers if not 1 <= number <= count)
@@ -312,7 +313,7 @@ def choose_shards(files: Sequence[Candidate], pattern: str | None) -> tuple[str,
             raise ValueError(f"{folder}{stem}: of {count} shards {bad[:20]} {what}")
     if len(rows) != count:
         raise ValueError(f"{folder}{stem}: found {len(rows)} shards, expected {count}")
-    return stem, check_prefix(folder), tuple(file for _, _, file in sorted(rows, key=lambda row: row[0]))
+    return stem, check_prefix(folder), tuple(file for _split, file in sorted(rows, key=lambda row: row[0].number))
 
 
 def build_manifest(
@@ -322,7 +323,7 @@ def build_manifest(
 ) -> Manifest:
     """Return the manifest of these shards; raises ValueError where they are no whole, loadable model."""
     model = describe_model([(shard.file, header) for shard, header in shards])
-    manifest = Manifest(check_name(name), source, tuple(shard for shard, _ in shards), model)
+    manifest = Manifest(check_name(name), source, tuple(shard for shard, _dummy in shards), model)
     return parse_manifest(manifest_to_data(manifest))
 
 
@@ -364,7 +365,7 @@ def manifest_of_directory(
     file that is read, the bytes done and the bytes in all.
     """
     path = os.path.realpath(path)
-    stem, _, files = choose_shards(list_directory(path), pattern)
+    stem, _dummy, files = choose_shards(list_directory(path), pattern)
     headers = [read_shard_header(file.path, os.path.join(path, file.path)) for file in files]
     describe_model([(file.path, header) for file, header in zip(files, headers)])
     total = sum(file.bytes for file in files)

@@ -330,8 +330,8 @@ def kernel_arguments(pages: Sequence[tuple[int, int]], node_count: int, release:
         return [*size, f"hugepages={wanted[0][1]}"]
     match = re.match(r"(\d+)\.(\d+)", release)
     if match and (int(match[1]), int(match[2])) < PER_NODE_KERNEL:
-        if len(wanted) == node_count and len({count for _, count in wanted}) == 1:
-            return [*size, f"hugepages={sum(count for _, count in wanted)}"]
+        if len(wanted) == node_count and len({count for _dummy, count in wanted}) == 1:
+            return [*size, f"hugepages={sum(count for _dummy, count in wanted)}"]
         raise Refusal(
             f"{_FACT}.kernel.release",
             release,
@@ -564,7 +564,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
                 + (f"{copy_pages} pages of 1 GiB" if paged else gib(weights)),
                 "Take a smaller model or quantisation, or add memory to the socket.",
             )
-        for node, count in zip(room.socket.nodes, (pages for _, pages in spread(copy_pages, room.socket.nodes))):
+        for node, count in zip(room.socket.nodes, (pages for _dummy, pages in spread(copy_pages, room.socket.nodes))):
             if node.gib_ranges is not None and count > node.gib_ranges:
                 raise Refusal(
                     f"{_FACT}.nodes[].gib_ranges",
@@ -610,7 +610,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
         "weights": overrides.weights,
         "pages": {
             "size_kib": PAGE_KIB,
-            "total": sum(count for _, count in node_pages),
+            "total": sum(count for _dummy, count in node_pages),
             "nodes": [{"node": node, "pages": count} for node, count in node_pages],
         },
         "kernel_arguments": arguments,
