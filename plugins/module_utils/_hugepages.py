@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import (
     numbered,
+    plain,
     read_number,
     read_optional,
     read_text,
@@ -130,14 +131,12 @@ def read(root: str = "/") -> HugePages:
 def gather(root: str = "/") -> dict[str, Any]:
     """Return the fact `cpullm_hugepages`: pools and mounts, or why they could not be read."""
     try:
-        found: dict[str, Any] = asdict(read(root))
+        found: dict[str, Any] = plain(read(root))
     except FileNotFoundError as error:
         reason = f"{error.filename} does not exist: a kernel without hugetlbfs, or /sys or /proc is not mounted"
     except (OSError, ValueError) as error:
         reason = str(error)
     else:
-        found["pools"] = list(found["pools"])
-        found["mounts"] = [{**mount, "options": list(mount["options"])} for mount in found["mounts"]]
         return {"readable": True, "reason": None, **found}
     return {
         "readable": False,

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import (
     numbered,
+    plain,
     read_number,
     read_optional,
     read_text,
@@ -283,7 +284,7 @@ def read(root: str = "/") -> Topology:
 def gather(root: str = "/") -> dict[str, Any]:
     """Return the fact `cpullm_numa`: the topology, or why it could not be read."""
     try:
-        found: dict[str, Any] = asdict(read(root))
+        found: dict[str, Any] = plain(read(root))
     except (OSError, ValueError) as error:
         return {
             "readable": False,
@@ -296,13 +297,6 @@ def gather(root: str = "/") -> dict[str, Any]:
             "memory_source": None,
             "kernel": None,
         }
-    found["cpu"]["flags"] = list(found["cpu"]["flags"])
-    for socket in found["sockets"]:
-        socket["nodes"] = list(socket["nodes"])
-    for node in found["nodes"]:
-        node["distances"] = list(node["distances"])
-    for name in ("sockets", "nodes", "l3"):
-        found[name] = list(found[name])
     return {"readable": True, "reason": None, **found}
 
 

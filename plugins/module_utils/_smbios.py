@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import plain
 
 ENTRY_POINT = "/sys/firmware/dmi/tables/smbios_entry_point"
 TABLE = "/sys/firmware/dmi/tables/DMI"
@@ -421,16 +423,16 @@ def gather(root: str = "/", include_serial: bool = False) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         fact["reason"] = str(error)
         return fact
-    slots = [{**asdict(slot), "type_detail": list(slot.type_detail)} for slot in found.slots]
+    slots = plain(found.slots)
     if not include_serial:
         for slot in slots:
             del slot["serial_number"], slot["asset_tag"]
     fact.update(
         readable=True,
         smbios_version=found.version,
-        arrays=[asdict(array) for array in found.arrays],
+        arrays=plain(found.arrays),
         slots=slots,
-        processors=[asdict(processor) for processor in found.processors],
+        processors=plain(found.processors),
         notes=list(found.notes),
     )
     return fact
@@ -832,8 +834,11 @@ def _meaning(text: str | None) -> str | None:
     return None if text.lower() in PLACEHOLDERS or not text.strip(".?") else text
 
 
+_DOTTED = bytes(byte if 0x20 <= byte < 0x7F else ord(".") for byte in range(256))
+
+
 def _printable(text: bytes) -> str:
-    return "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in text)
+    return text.translate(_DOTTED).decode("ascii")
 
 
 def _entry_length(data: bytes, at: int, shortest: int, longest: int) -> int:

@@ -1,11 +1,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Bounded reads below a root, so that a captured tree reads like the host that it was taken from."""
+"""Bounded reads below a root, so that a captured tree reads like the host that it was taken from; facts as JSON."""
 
 from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 # /proc/zoneinfo of a two-socket host with 384 threads is some 300 KiB.
 MAX_BYTES = 8 << 20
@@ -57,3 +58,15 @@ def numbered(root: str, path: str, prefix: str) -> list[int]:
         return []
     form = re.compile(re.escape(prefix) + r"([0-9]{1,6})")
     return sorted(int(match[1]) for match in map(form.fullmatch, names) if match)
+
+
+def plain(value: object) -> Any:
+    """Return dataclasses as dicts and tuples as lists, all the way down; anything else as it is.
+
+    Unlike dataclasses.asdict it copies nothing else, which is most of the time that reading a host would take.
+    """
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(item) for name, item in vars(value).items()}
+    return value

@@ -127,5 +127,6 @@ def processor(fields: dict[str, str]) -> dict[str, Any]:
         "threads": number(fields.get("Thread Count")),
         "maximum_mhz": number(fields["Max Speed"]),
         "boot_mhz": number(fields["Current Speed"]),
-        "socket_type": text(fields["Upgrade"].replace("Socket ", "")),
+        # The parser names sockets of servers only.
+        "socket_type": text(fields["Upgrade"].replace("Socket ", "").replace("Other", "")),
     }

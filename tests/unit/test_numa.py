@@ -397,3 +397,42 @@ def timed(root: str) -> float:
     start = time.process_time()
     assert _numa.gather(root)["cpu"]["logical"] == 768
     return time.process_time() - start
+
+
+# --- Captured machines --------------------------------------------------------------------------------------------
+
+
+def test_lab_vm() -> None:
+    fact = _numa.gather(str(FIXTURES / "lab-vm-bookworm"))
+    assert fact["readable"], fact["reason"]
+    assert fact["cpu"]["vendor"] == "AuthenticAMD"
+    assert {"avx2", "fma", "f16c", "pdpe1gb"} <= set(fact["cpu"]["flags"])
+    assert "avx512f" not in fact["cpu"]["flags"]
+    assert [(socket["socket"], socket["nodes"], socket["cpus"]) for socket in fact["sockets"]] == [
+        (0, [0], "0"),
+        (1, [1], "1"),
+    ]
+    assert [[item["distance"] for item in node["distances"]] for node in fact["nodes"]] == [[10, 32], [32, 10]]
+    assert [(domain["id"], domain["cpus"], domain["bytes"]) for domain in fact["l3"]] == [
+        (0, "0", 16 << 20),
+        (1, "1", 16 << 20),
+    ]
+    assert fact["memory_source"] == "/proc/zoneinfo"
+
+
+def test_a_reservation_at_boot_changes_the_command_line_only() -> None:
+    """The same VM, before and after a boot with one 1 GiB page in each node."""
+    before = _numa.gather(str(FIXTURES / "lab-vm-bookworm"))
+    after = _numa.gather(str(FIXTURES / "lab-vm-bookworm-reserved"))
+    assert before.pop("kernel") != after.pop("kernel")
+    assert before == after
+
+
+def test_a_cloud_machine_whose_memory_is_initialised_late() -> None:
+    root = str(FIXTURES / "cloud-2-cpus-24-gib")
+    fact = _numa.gather(root)
+    total = _numa._meminfo_total(root, 0)
+    assert total is not None
+    assert total < 21 * GIB
+    assert 23 * GIB < fact["memory_bytes"] < 24 * GIB
+    assert fact["nodes"][0]["gib_ranges"] == 23

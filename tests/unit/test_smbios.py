@@ -788,3 +788,42 @@ def test_dmidecode_agrees_on_random_devices(devices: list[build.Device], tmp_pat
     ]
     table = build.table(plain)
     agree(build.entry_point_3(table), table, tmp_path)
+
+
+# --- Captured machines --------------------------------------------------------------------------------------------
+
+CAPTURED = sorted(path.parents[4].name for path in FIXTURES.glob("*/sys/firmware/dmi/tables/DMI"))
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_lab_vm(name: str) -> None:
+    fact = _smbios.gather(str(FIXTURES / name))
+    assert fact["readable"], fact["reason"]
+    assert fact["notes"] == []
+    assert [(slot["socket"], slot["channel"]) for slot in fact["slots"]] == [
+        (socket, channel) for socket in range(2) for channel in range(6)
+    ]
+    assert {(slot["size_bytes"], slot["rated_mts"], slot["configured_mts"], slot["ecc"]) for slot in fact["slots"]} == {
+        (64 * GIB, 5600, 4800, True)
+    }
+    assert [(processor["socket"], processor["designation"]) for processor in fact["processors"]] == [
+        (0, "CPU 0"),
+        (1, "CPU 1"),
+    ]
+
+
+@needs_dmidecode
+@pytest.mark.parametrize("name", CAPTURED)
+def test_dmidecode_agrees_on_captured_tables(name: str, tmp_path: Path) -> None:
+    tables = FIXTURES / name / "sys/firmware/dmi/tables"
+    table = (tables / "DMI").read_bytes()
+    entry = _smbios.parse_entry_point((tables / "smbios_entry_point").read_bytes())
+    # The captured entry point gives the address of the table in memory; a dump has the table at 0x20.
+    rebuilt = build.entry_point_2(table, entry.structures or 0) if entry.structures else build.entry_point_3(table)
+    agree(rebuilt, table, tmp_path)
+
+
+def test_captured_tables_name_no_machine() -> None:
+    for name in CAPTURED:
+        fact = _smbios.gather(str(FIXTURES / name), include_serial=True)
+        assert {slot["serial_number"] for slot in fact["slots"]} == {"00000000"}
