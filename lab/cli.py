@@ -170,6 +170,27 @@ def forward(arguments: argparse.Namespace) -> None:
         print(local)
 
 
+def tunnel(arguments: argparse.Namespace) -> None:
+    """Lead a port of 127.0.0.1 through ssh to a port of the host's own loopback; print the former.
+
+    A forward ends at the host's outer address, where a server on 127.0.0.1 does not listen. A tunnel ends with the
+    host's boot; calling this again makes it anew on the same port.
+    """
+    with host_lock(arguments.name):
+        host = need_host(arguments.name)
+        known: list[list[int]] = host.extra.setdefault("tunnels", [])
+        local = next((pair[0] for pair in known if pair[1] == arguments.port), 0)
+        role = f"tunnel-{arguments.port}"
+        if host.process(role) is None:
+            if not local:
+                with lock("ports"):
+                    local = state.free_port()
+                    known.append([local, arguments.port])
+            state.spawn(host, role, ssh.tunnel_argv(host, local, arguments.port))
+            ssh.await_port(host, role, local)
+        print(local)
+
+
 def inventory(arguments: argparse.Namespace) -> None:
     """Print an Ansible inventory of the hosts in YAML."""
     hosts = [need_host(name) for name in (arguments.name or state.host_names())]
@@ -405,6 +426,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("name")
     one.add_argument("port", type=int)
     one.add_argument("--local", type=int, default=0, help="default: a free one")
+
+    one = command("tunnel", tunnel, "lead a port of 127.0.0.1 to one of the host's own loopback, and print it")
+    one.add_argument("name")
+    one.add_argument("port", type=int)
 
     one = command("inventory", inventory, "print an Ansible inventory")
     one.add_argument("name", nargs="*")

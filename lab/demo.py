@@ -200,8 +200,7 @@ def up() -> None:
     if known is not None:
         say(f"using the VM `{NAME}` of an earlier run again (make demo-down removes it)")
     with step("make a Debian VM with real GRUB, two sockets and twelve DIMMs"):
-        forwards = [f"--forward={port}" for port in PORTS]
-        lab("up", NAME, "--kind=vm", f"--release={release()}", *forwards)
+        lab("up", NAME, "--kind=vm", f"--release={release()}")
     (WORK / "hosts.yml").write_text(lab("inventory", NAME, capture=True), encoding="utf-8")
     reference = json.loads((MODEL / "reference.json").read_text(encoding="utf-8"))
     with hub() as port:
@@ -218,7 +217,7 @@ def up() -> None:
                 site(port, "--check", "--diff", "--extra-vars=grub_hugepages_reboot_allowed=true")
         with step("site.yml, with consent to reboot"):
             site(port, "--extra-vars=grub_hugepages_reboot_allowed=true")
-    ports = {guest: local for local, guest in (host() or {})["forwards"]}
+    ports = {port: int(lab("tunnel", NAME, str(port), capture=True)) for port in PORTS}
     with step("ask for a completion"):
         answer = complete(ports[PORTS[0]], reference)
     print(f"\n{answer['choices'][0]['message']['content']}\n")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -80,6 +81,24 @@ def options() -> list[str]:
 def argv(host: Host, command: Sequence[str] = ()) -> list[str]:
     """Return the command line that logs in to a host, or runs a command there."""
     return ["ssh", *options(), "-p", str(host.ssh_port), "root@127.0.0.1", *command]
+
+
+def tunnel_argv(host: Host, local: int, port: int) -> list[str]:
+    """Return the command line that leads a port of this machine's loopback to one of the host's loopback."""
+    way = f"127.0.0.1:{local}:127.0.0.1:{port}"
+    settings = ["-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=10"]
+    return ["ssh", *options(), *settings, "-p", str(host.ssh_port), "-N", "-L", way, "root@127.0.0.1"]
+
+
+def await_port(host: Host, role: str, port: int, timeout_s: float = 30) -> None:
+    """Return once something listens on a port of 127.0.0.1; raise LabError if the host's process ends before."""
+    deadline = time.monotonic() + timeout_s
+    while host.process(role) is not None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise LabError(f"{host.name}: {role} does not listen on port {port}; see {host.directory / role}.log")
 
 
 def run(host: Host, command: str, *, timeout_s: float = 120, data: str | None = None) -> str:

@@ -19,9 +19,9 @@ def name_of(host: Any) -> str:
 
 
 def recites(host: Any, port: int = 8008) -> dict[str, Any]:
-    """Return what the recitation check says of a server, asked through a port that the lab forwards."""
-    forward = [sys.executable, "-m", "lab", "forward", name_of(host), str(port)]
-    local = subprocess.run(forward, cwd=CLONE, check=True, capture_output=True, text=True).stdout.split()[-1]
+    """Return what the recitation check says of a server, asked through a tunnel of the lab."""
+    tunnel = [sys.executable, "-m", "lab", "tunnel", name_of(host), str(port)]
+    local = subprocess.run(tunnel, cwd=CLONE, check=True, capture_output=True, text=True).stdout.split()[-1]
     check = [sys.executable, str(CLONE / "tools/model/recitation.py"), f"http://127.0.0.1:{local}"]
     said = subprocess.run(check, check=False, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(said.stdout)
