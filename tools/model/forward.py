@@ -83,24 +83,42 @@ class _Layer:
             out[rows] += _gated(x[rows], *parts) * share[rows, slots, None]
         return out
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.attention(x)
+    def ffn(self, x: Array) -> Array:
         inner = _norm(x, self["ffn_norm.weight"], self.shape.epsilon)
         if self.layer < self.shape.dense_layers:
-            return x + _gated(inner, self["ffn_gate.weight"], self["ffn_up.weight"], self["ffn_down.weight"])
-        return x + self.experts(inner)
+            return _gated(inner, self["ffn_gate.weight"], self["ffn_up.weight"], self["ffn_down.weight"])
+        return self.experts(inner)
 
 
 def log_probabilities(
-    shape: DeepSeek2, weights: Mapping[str, Array], ids: Sequence[int], gating: str = "sigmoid"
+    shape: DeepSeek2,
+    weights: Mapping[str, Array],
+    ids: Sequence[int],
+    gating: str = "sigmoid",
+    resume: tuple[int, Array] | None = None,
 ) -> Array:
     """Return the natural log-probabilities (tokens, vocabulary) of what follows each of `ids`.
 
-    `gating` is "sigmoid", or "softmax" to see what a wrong gate does.
+    `gating` is "sigmoid", or "softmax" to see what a wrong gate does. `resume` is a layer and what came into its
+    FFN: with it the pass goes on from there, so that many changes of one FFN cost little each.
     """
-    x = weights["token_embd.weight"][list(ids)]
-    for layer in range(shape.layers):
-        x = _Layer(shape, weights, layer, gating)(x)
+    start, x = resume if resume else (0, _attended(shape, weights, weights["token_embd.weight"][list(ids)], 0))
+    for layer in range(start, shape.layers):
+        if layer > start:
+            x = _attended(shape, weights, x, layer)
+        x = x + _Layer(shape, weights, layer, gating).ffn(x)
     logits = _norm(x, weights["output_norm.weight"], shape.epsilon) @ weights["output.weight"].T
     logits = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)), dtype=np.float32)
+
+
+def _attended(shape: DeepSeek2, weights: Mapping[str, Array], x: Array, layer: int) -> Array:
+    return x + _Layer(shape, weights, layer, "sigmoid").attention(x)
+
+
+def before_ffn(shape: DeepSeek2, weights: Mapping[str, Array], ids: Sequence[int], layer: int) -> Array:
+    """Return what comes into a layer's FFN (tokens, embedding), before its norm."""
+    x = _attended(shape, weights, weights["token_embd.weight"][list(ids)], 0)
+    for below in range(layer):
+        x = _attended(shape, weights, x + _Layer(shape, weights, below, "sigmoid").ffn(x), below + 1)
+    return x
