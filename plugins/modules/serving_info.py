@@ -16,28 +16,17 @@ description:
   - It changes nothing. It needs root to read C(/proc/PID/numa_maps) of the service's user.
 options:
   instances:
-    description: The instances to look at.
+    description:
+      - The instances to look at, as the plan lists them.
+      - Of each, C(instance) (its number), C(port), C(pages) (what its weights must fill) and C(nodes) (where these
+        may lie, empty for any) are read.
     type: list
     elements: dict
     required: true
-    suboptions:
-      instance:
-        description: Number of the instance, as in C(llama-server@0.service).
-        type: int
-        required: true
-      url:
-        description: Base address of the instance, such as C(http://127.0.0.1:8008).
-        type: str
-        required: true
-      pages:
-        description: Huge pages that its weights must fill.
-        type: int
-        required: true
-      nodes:
-        description: NUMA nodes on which these pages may lie. Empty for any.
-        type: list
-        elements: int
-        default: []
+  address:
+    description: Scheme and host of the instances, such as C(http://127.0.0.1).
+    type: str
+    required: true
   size_kib:
     description: Size of a huge page in KiB.
     type: int
@@ -83,9 +72,10 @@ EXAMPLES = r"""
   cpullm.epyc.serving_info:
     instances:
       - instance: 0
-        url: http://127.0.0.1:8008
+        port: 8008
         pages: 672
         nodes: [0]
+    address: http://127.0.0.1
     prompt: "Name the capital of France."
     expect: Paris
   register: serving
@@ -166,15 +156,15 @@ def read_key(path: str) -> str:
     raise ValueError(f"{path} holds no key")
 
 
-def observe(module: AnsibleModule, wanted: dict[str, Any], key: str | None) -> dict[str, Any]:
+def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> dict[str, Any]:
     """Return one instance as found: unit, process, pages, health, completion."""
-    unit = f"llama-server@{wanted['instance']}.service"
+    unit = f"llama-server@{number}.service"
     code, out, err = module.run_command(["systemctl", "show", "--property=ActiveState,MainPID", unit])
     if code != 0:
         module.fail_json(msg=f"systemctl show {unit} failed with {code}: {err.strip()}")
     shown = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     found: dict[str, Any] = {
-        "instance": wanted["instance"],
+        "instance": number,
         "active_state": shown.get("ActiveState", "unknown"),
         "pid": int(shown.get("MainPID", "0")),
         "hugetlb_kib": None,
@@ -193,13 +183,13 @@ def observe(module: AnsibleModule, wanted: dict[str, Any], key: str | None) -> d
         found["hugetlb_kib"] = status_kib(status, "HugetlbPages")
         found["rss_kib"] = status_kib(status, "VmRSS")
         found["nodes"] = pages_by_node(maps, options["size_kib"])
-        found["health"] = request(f"{wanted['url']}/health", timeout_s=30, ca_file=options["ca_file"]).status
+        found["health"] = request(f"{url}/health", timeout_s=30, ca_file=options["ca_file"]).status
         payload = {
             "messages": [{"role": "user", "content": options["prompt"]}],
             "max_tokens": options["max_tokens"],
             "temperature": 0,
         }
-        address = f"{wanted['url']}/v1/chat/completions"
+        address = f"{url}/v1/chat/completions"
         if key is not None:
             found["without_key"] = request(address, timeout_s=30, payload=payload, ca_file=options["ca_file"]).status
         answer = request(address, timeout_s=options["timeout_s"], payload=payload, key=key, ca_file=options["ca_file"])
@@ -216,17 +206,8 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "instances": {
-                "type": "list",
-                "elements": "dict",
-                "required": True,
-                "options": {
-                    "instance": {"type": "int", "required": True},
-                    "url": {"type": "str", "required": True},
-                    "pages": {"type": "int", "required": True},
-                    "nodes": {"type": "list", "elements": "int", "default": []},
-                },
-            },
+            "instances": {"type": "list", "elements": "dict", "required": True},
+            "address": {"type": "str", "required": True},
             "size_kib": {"type": "int", "default": 1048576},
             "hugepages": {"type": "bool", "default": True},
             "prompt": {"type": "str", "default": "Say hello."},
@@ -247,10 +228,14 @@ def main() -> None:
     if key is not None:
         module.no_log_values.add(key)
     instances = []
-    for wanted in options["instances"]:
-        found = observe(module, wanted, key)
+    for number, entry in enumerate(options["instances"]):
+        missing = [name for name in ("instance", "port", "pages", "nodes") if name not in entry]
+        if missing:
+            module.fail_json(msg=f"instances[{number}]: {', '.join(missing)} missing; found {sorted(entry)}")
+        found = observe(module, int(entry["instance"]), f"{options['address']}:{entry['port']}", key)
         expectation = {
-            **wanted,
+            "pages": int(entry["pages"]),
+            "nodes": [int(node) for node in entry["nodes"]],
             "size_kib": options["size_kib"],
             "hugepages": options["hugepages"],
             "expect": options["expect"],
