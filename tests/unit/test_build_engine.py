@@ -329,3 +329,13 @@ def test_status_is_the_contract(program: ModuleType, tmp_path: Path) -> None:
         "unit": "steps",
         "message": "z.o",
     }
+
+
+def test_forgotten_builds_are_swept(program: ModuleType, tmp_path: Path) -> None:
+    work, old, recent = (tmp_path / ID.replace("1.0", version) for version in ("1.0", "0.1", "0.9"))
+    for directory in (work, old, recent, tmp_path / "operators-own"):
+        directory.mkdir()
+        (directory / "recipe.json").write_text("{}")
+        os.utime(directory, (1000, 1000) if directory != recent else (3000, 3000))
+    program.sweep(work, 2000.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([work.name, recent.name, "operators-own"])

@@ -36,6 +36,8 @@ FOREIGN_VARIABLE = re.compile(r"(C|CXX|CPP|LD)FLAGS|(CMAKE|CCACHE|GGML|LLAMA)_.*
 # What one compiler process may take at its worst on this tree, in bytes.
 JOB_MEMORY = 1536 << 20
 LOCK_POLL_S = 2.0
+# Builds of other ids that nobody finished or fetched for so long are swept away.
+FORGOTTEN_S = 7 * 86400
 
 
 class BuildError(Exception):
@@ -342,6 +344,14 @@ def finished(artifact: Path) -> str | None:
         return None
 
 
+def sweep(work: Path, before: float) -> None:
+    """Remove the directories of other builds that were last touched before a time."""
+    for other in work.parent.iterdir():
+        ours = _engine.BUILD_NAME.fullmatch(other.name) is not None and (other / "recipe.json").is_file()
+        if other != work and ours and other.stat().st_mtime < before:
+            shutil.rmtree(other, ignore_errors=True)
+
+
 def check_release(wanted: str) -> None:
     """Raise BuildError where this host runs another release than the recipe (see _build.parse_os_release)."""
     fields = {}
@@ -395,6 +405,7 @@ def build_engine(arguments: argparse.Namespace) -> dict[str, Any]:
                 shutil.rmtree(directory, ignore_errors=True)
             if arguments.source.resolve().parent == work:
                 arguments.source.unlink()
+        sweep(work, time.time() - FORGOTTEN_S)
         status.show("pack", 1, 1, "artifact")
     return {"artifact": str(artifact), "sha256": digest, "changed": True}
 
