@@ -94,7 +94,9 @@ def test_twelve_dimms(vm, tmp_path):
     sys.path.insert(0, str(CLONE / "tests" / "unit"))
     import dmidecode_oracle
 
-    encoded = on("base64 -w0 /sys/firmware/dmi/tables/smbios_entry_point; echo; base64 -w0 /sys/firmware/dmi/tables/DMI")
+    encoded = on(
+        "base64 -w0 /sys/firmware/dmi/tables/smbios_entry_point; echo; base64 -w0 /sys/firmware/dmi/tables/DMI"
+    )
     import base64
 
     entry, table = (base64.b64decode(line) for line in encoded.splitlines())

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import dmidecode_oracle
 import pytest
+from ansible_collections.cpullm.epyc.plugins.module_utils import _smbios
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ansible_collections.cpullm.epyc.plugins.module_utils import _smbios
 from lab import smbios
 
 
@@ -69,7 +69,6 @@ def test_our_reader_finds_twelve_dimms_on_two_sockets():
     assert len(found.arrays) == 2
 
 
-@pytest.mark.skipif(dmidecode_oracle.DMIDECODE is None, reason="dmidecode is not installed")
 def test_dmidecode_finds_the_same(tmp_path: Path):
     table = whole(smbios.two_socket_board())
     blocks = dmidecode_oracle.structures(entry_point(table), table, tmp_path)

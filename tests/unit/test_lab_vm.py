@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import threading
@@ -54,6 +53,18 @@ def test_sockets_are_nodes_and_share_the_memory(cpus, topology, nodes, mib):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "load", "argument"),
+    [
+        pytest.param("kvm", 50.0, "kvm", id="kvm"),
+        pytest.param("tcg", 4.0, "tcg,thread=multi", id="idle"),
+        pytest.param("tcg", 4.1, "tcg,thread=single", id="busy"),
+    ],
+)
+def test_emulated_cpus_take_turns_on_a_busy_machine(name, load, argument):
+    assert vm.accelerator_argv(name, load, 2) == ["-accel", argument]
+
+
 def test_every_table_is_given_to_qemu():
     argv = vm.machine_argv(vm.Machine())
     assert values(argv, "-smbios") == [f"file=table{number}.bin" for number in range(14)]
@@ -61,9 +72,7 @@ def test_every_table_is_given_to_qemu():
 
 def test_only_loopback_is_forwarded():
     argv = vm.host_argv(Host(name="web", kind="vm", ssh_port=2201, forwards=[[18008, 8008]]))
-    assert values(argv, "-netdev") == [
-        "user,id=net,hostfwd=tcp:127.0.0.1:2201-:22,hostfwd=tcp:127.0.0.1:18008-:8008"
-    ]
+    assert values(argv, "-netdev") == ["user,id=net,hostfwd=tcp:127.0.0.1:2201-:22,hostfwd=tcp:127.0.0.1:18008-:8008"]
 
 
 def test_uefi_gets_its_firmware_and_variables():
@@ -119,7 +128,9 @@ def test_qmp_returns_results_past_events(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        pytest.param({"error": {"desc": "no such thing"}}, "QEMU refused 'x': .*no such thing|refused .*: no such thing"),
+        pytest.param(
+            {"error": {"desc": "no such thing"}}, "QEMU refused 'x': .*no such thing|refused .*: no such thing"
+        ),
         pytest.param({"return": "Error: no snapshot\r\n"}, "QEMU refused 'x': Error: no snapshot"),
     ],
 )
@@ -132,7 +143,10 @@ def test_qmp_refusals_carry_qemus_words(tmp_path, monkeypatch, answer, message):
 
 def test_no_socket_is_a_lab_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Host, "directory", tmp_path)
-    with pytest.raises(LabError, match="web: QEMU's control socket does not answer"), vm.qmp(Host(name="web", kind="vm")):
+    with (
+        pytest.raises(LabError, match="web: QEMU's control socket does not answer"),
+        vm.qmp(Host(name="web", kind="vm")),
+    ):
         pass
 
 
@@ -179,7 +193,9 @@ def test_recipe_hash_follows_release_and_mirror():
 
 
 def test_missing_programs_name_the_packages():
-    with pytest.raises(LabError, match=r"missing on this machine: no-such-program; install with: apt-get install .*ovmf"):
+    with pytest.raises(
+        LabError, match=r"missing on this machine: no-such-program; install with: apt-get install .*ovmf"
+    ):
         rootfs.require_programs(["no-such-program"])
 
 
@@ -206,7 +222,6 @@ def test_known_hosts_pins_the_key_for_every_port():
     assert ssh.keys() == keys
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_image_script_is_clean():
     subprocess.run(["shellcheck", Path(image.__file__).with_name("make-image.sh")], check=True)
 

@@ -22,8 +22,6 @@ MIB = 1 << 20
 GIB = 1 << 30
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 
-needs_dmidecode = pytest.mark.skipif(oracle.DMIDECODE is None, reason="dmidecode is not installed")
-
 
 def entry_for(board: str, table: bytes) -> bytes:
     return build.entry_point_2(table, build.count(table)) if board == "unknown_4" else build.entry_point_3(table)
@@ -750,13 +748,11 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert mine == value, f"{key} of {ours['handle']:#x}: {mine!r}, dmidecode says {value!r}"
 
 
-@needs_dmidecode
 @pytest.mark.parametrize("board", sorted(BOARDS))
 def test_dmidecode_agrees_on_boards(board: str, tmp_path: Path) -> None:
     agree(*BOARDS[board], tmp_path)
 
 
-@needs_dmidecode
 def test_dmidecode_agrees_on_codes(tmp_path: Path) -> None:
     devices = [build.Device(kind=code) for code in range(1, 0x24)]
     devices += [build.Device(form_factor=code) for code in range(1, 0x11)]
@@ -769,7 +765,6 @@ def test_dmidecode_agrees_on_codes(tmp_path: Path) -> None:
     agree(build.entry_point_3(table), table, tmp_path)
 
 
-@needs_dmidecode
 @settings(
     max_examples=40,
     deadline=None,
@@ -812,7 +807,6 @@ def test_lab_vm(name: str) -> None:
     ]
 
 
-@needs_dmidecode
 @pytest.mark.parametrize("name", CAPTURED)
 def test_dmidecode_agrees_on_captured_tables(name: str, tmp_path: Path) -> None:
     tables = FIXTURES / name / "sys/firmware/dmi/tables"
