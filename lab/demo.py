@@ -137,6 +137,9 @@ def plan() -> dict[str, Any]:
     """Return the plan of the VM, as the last run kept it among the facts."""
     for path in (WORK / "facts").glob(f"*{NAME}"):
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # ansible-core 2.19 and later wrap what they cache.
+        if "__payload__" in facts:
+            facts = json.loads(facts["__payload__"])
         if "cpullm_plan" in facts:
             found: dict[str, Any] = facts["cpullm_plan"]
             return found
