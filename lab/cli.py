@@ -342,6 +342,7 @@ def inventory_text(hosts: Sequence[Host], keys: ssh.Keys) -> str:
             "-o GlobalKnownHostsFile=none",
             "-o StrictHostKeyChecking=yes",
             "-o UpdateHostKeys=no",
+            f"-o {ssh.KEY_EXCHANGE}",
             # After a reset or a power cut an open connection is dead, and only this tells.
             "-o ServerAliveInterval=10 -o ServerAliveCountMax=6",
         ]

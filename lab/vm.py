@@ -85,11 +85,11 @@ def machine_argv(machine: Machine) -> list[str]:
     """Return QEMU's arguments for the hardware; files are named relative to the host's folder."""
     mib = machine.memory_gib * 1024 // machine.nodes
     cores = machine.cpus // machine.nodes
-    accelerator = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
     argv = ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none"]
     # Little memory below 4 GiB, so that most of the first node is in whole, aligned GiB above it.
-    argv += ["-machine", "q35,usb=off,vmport=off,smbus=off,hpet=off,max-ram-below-4g=512M"]
-    argv += ["-accel", accelerator, "-cpu", "max,la57=off"]
+    argv += ["-machine", "q35,usb=off,vmport=off,smbus=off,hpet=off,max-ram-below-4g=512M,smbios-entry-point-type=64"]
+    # Without nested virtualisation and five-level page tables, which only cost boot time under emulation.
+    argv += ["-cpu", "max,la57=off,svm=off" if machine.accelerator == "tcg" else "max"]
     argv += ["-smp", f"cpus={machine.cpus},sockets={machine.nodes},cores={cores},threads=1"]
     argv += ["-m", f"{machine.memory_gib}G"]
     for node in range(machine.nodes):
@@ -105,6 +105,18 @@ def machine_argv(machine: Machine) -> list[str]:
         argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={_OVMF_CODE}"]
         argv += ["-drive", "if=pflash,unit=1,format=qcow2,file=variables.qcow2"]
     return argv
+
+
+def accelerator_argv(name: str, load: float, cores: int) -> list[str]:
+    """Return QEMU's arguments for an accelerator, given this machine's load average and cores.
+
+    Emulated CPUs wait for each other in loops. With a thread each they are fast on an idle machine; on one whose cores
+    are taken they spin against each other for minutes (measured: a boot of 80 s took 630 s at six jobs per core), and
+    taking turns in one thread is as fast as it gets.
+    """
+    if name != "tcg":
+        return ["-accel", name]
+    return ["-accel", f"tcg,thread={'single' if load > 2 * cores else 'multi'}"]
 
 
 def host_argv(host: Host) -> list[str]:
@@ -161,6 +173,10 @@ class Qmp:
         json.loads(self._file.readline())
         self.command("qmp_capabilities")
 
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._file.close()
+
     def command(self, name: str, **arguments: Any) -> Any:
         """Return the result of a command; raise LabError with QEMU's words if it refuses."""
         self._file.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
@@ -187,7 +203,12 @@ def qmp(host: Host, timeout_s: float = 300) -> Iterator[Qmp]:
     """Connect to the QEMU of a running host."""
     try:
         with connected(host.directory, "qmp.sock") as connection:
-            yield Qmp(connection, timeout_s)
+            control = Qmp(connection, timeout_s)
+            try:
+                yield control
+            finally:
+                # QEMU serves one connection at a time, and the file keeps the socket open.
+                control.close()
     except OSError as error:
         raise LabError(f"{host.name}: QEMU's control socket does not answer: {error}") from error
 
@@ -361,7 +382,9 @@ class Vm:
             (host.directory / f"table{number}.bin").write_bytes(table)
         for name in ("qmp.sock", "console.sock", "qemu.log"):
             (host.directory / name).unlink(missing_ok=True)
-        argv = [PROGRAM, *machine_argv(machine_of(host)), *host_argv(host), *arguments]
+        machine = machine_of(host)
+        argv = [PROGRAM, *accelerator_argv(machine.accelerator, os.getloadavg()[0], os.cpu_count() or 1)]
+        argv += [*machine_argv(machine), *host_argv(host), *arguments]
         process = spawn(host, "qemu", argv, directory=host.directory)
         deadline = time.monotonic() + 30
         while True:
