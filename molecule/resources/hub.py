@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Serve the trained model to a scenario's hosts from a hub on loopback, and pin it.
 
-usage: hub.py start|stop DIRECTORY
+usage: hub.py start|stop DIRECTORY [--merged]
+
+With --merged the model is one file, so that a host needs one 1 GiB page of the machine instead of three.
 
 DIRECTORY then holds hub.pid, hub.url (with the address under which lab hosts see this machine) and recite.lock.json.
 """
@@ -20,13 +22,19 @@ CLONE = Path(__file__).resolve().parents[2]
 REPO = "cpullm/recite"
 
 
-def start(directory: Path) -> None:
+def start(directory: Path, merged: bool) -> None:
     """Start the hub, wait until it listens, and write the lock."""
     stop(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ready = directory / "hub.ready"
     ready.unlink(missing_ok=True)
     model = CLONE / "tests" / "models" / "recite"
+    if merged:
+        shards = sorted(map(str, model.glob("*.gguf")))
+        model = directory / "merged"
+        model.mkdir(exist_ok=True)
+        argv = [sys.executable, "-m", "tools.model.merge", *shards, str(model / "recite.gguf")]
+        subprocess.run(argv, cwd=CLONE, check=True)
     argv = [sys.executable, str(CLONE / "tests/support/hub.py"), f"--repo={REPO}={model}", f"--ready-file={ready}"]
     with (directory / "hub.log").open("w") as log:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -60,4 +68,7 @@ def stop(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"start": start, "stop": stop}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "start":
+        start(Path(sys.argv[2]), "--merged" in sys.argv[3:])
+    else:
+        stop(Path(sys.argv[2]))

@@ -14,7 +14,7 @@ from recite_checks import hugetlb_kib, name_of, recites
 def test_recites_from_its_pages(host):
     answer = recites(host)
     assert answer["ok"], answer
-    assert hugetlb_kib(host) == 3 * 1048576
+    assert hugetlb_kib(host) == 1048576
 
 
 def test_only_the_first_host_has_what_building_needs(host):
