@@ -562,7 +562,8 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
                 f"of which {gib(room.reserve)} stay with the system",
                 f"at least {gib(weights + room.reserve)} on each socket: a copy of {manifest.name} takes "
                 + (f"{copy_pages} pages of 1 GiB" if paged else gib(weights)),
-                "Take a smaller model or quantisation, or add memory to the socket.",
+                ("" if overrides.system_reserve_bytes is None else "Lower host_plan_system_reserve_gib. ")
+                + "Take a smaller model or quantisation, or add memory to the socket.",
             )
         for node, count in zip(room.socket.nodes, (pages for _dummy, pages in spread(copy_pages, room.socket.nodes))):
             if node.gib_ranges is not None and count > node.gib_ranges:
