@@ -13,7 +13,6 @@ from pathlib import Path
 
 from lab.state import Host, LabError, folder, lock, say, write_text
 
-
 # A second less per connection to an emulated host than the default, which is for machines of one's own speed.
 KEY_EXCHANGE = "KexAlgorithms=ecdh-sha2-nistp256"
 
