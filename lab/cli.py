@@ -319,7 +319,10 @@ def _sweep() -> None:
     from lab import container, image  # noqa: PLC0415 - only this command needs all of them
     from lab import pages as machine  # noqa: PLC0415
 
+    owned = {process.pid for name in state.host_names() for process in state.host_processes(name)}
     for process in state.lab_processes():
+        if process.pid in owned:
+            continue
         say(f"ending process {process.pid}, which no host owns")
         state.stop_process(process)
     for name in container.sweep():

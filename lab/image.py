@@ -128,8 +128,9 @@ def sweep() -> None:
     """Remove what builds that were killed left: work folders, and loop devices that still hold a deleted disk."""
     images = folder("images")
     for stale in images.glob(".work-*"):
-        release = stale.name.split("-")[1]
-        with lock(f"image-{release}"):
+        _, release, *rest = stale.name.split("-")
+        # A booted state's work folder is lab.vm's, under that state's own lock.
+        with lock("-".join([release, *rest]) if rest[:1] == ["booted"] else f"image-{release}"):
             _detach(stale)
             shutil.rmtree(stale, ignore_errors=True)
 
