@@ -52,6 +52,7 @@ def main() -> int:
     assert real.status == 0, "the run failed"
     unforeseen = set().union(*UNFORESEEN.values())
     named, made = set(check.changed.get(HOST, [])), set(real.changed.get(HOST, []))
+    assert len(made) > 5, f"the output was not understood: {made}"
     assert made - named <= unforeseen, f"changed without being named: {sorted(made - named - unforeseen)}"
     assert named - made <= STANDS_FOR, f"named and not changed: {sorted(named - made - STANDS_FOR)}"
     return 0

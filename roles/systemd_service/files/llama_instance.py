@@ -24,6 +24,7 @@ from pathlib import Path
 
 PAGE_BYTES = 1 << 30
 RUNTIME = Path("/run/llama-server")
+FOLDERS = [Path(f"{root}/systemd/system") for root in ("/etc", "/run", "/usr/local/lib", "/usr/lib")]
 
 
 def unit(number: int) -> str:
@@ -44,12 +45,17 @@ def show(number: int, *properties: str) -> dict[str, str]:
 
 
 def digest(number: int) -> str:
-    """Return the SHA-256 of the files that define an instance, in the order in which systemd reads them."""
-    shown = show(number, "FragmentPath", "DropInPaths")
+    """Return the SHA-256 of the files on disk that define an instance: the unit's and every drop-in's.
+
+    They are looked up where systemd looks (systemd.unit(5)), because what it has loaded may be older than the disk.
+    """
     sha = hashlib.sha256()
-    for name in [shown.get("FragmentPath", ""), *shown.get("DropInPaths", "").split()]:
-        if name:
-            sha.update(Path(name).read_bytes() + b"\0")
+    for folder in FOLDERS:
+        units = [folder / "llama-server@.service", folder / unit(number)]
+        drop_ins = [drop_in for owner in units for drop_in in sorted(folder.glob(f"{owner.name}.d/*.conf"))]
+        for path in [*units, *drop_ins]:
+            if path.is_file():
+                sha.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
     return sha.hexdigest()
 
 
