@@ -43,7 +43,12 @@ def read(status: int, output: str) -> Run:
 def play(inventory: str, *words: str, playbook: str = "site.yml") -> Run:
     """Run a playbook of the clone against an inventory, its output shown and returned."""
     argv = ["ansible-playbook", playbook, "--inventory", inventory, *words]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
+    environment = {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_FORCE_COLOR": "0",
+    }
     with subprocess.Popen(
         argv, cwd=CLONE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -48,7 +48,7 @@ def test_a_killed_server_comes_back_and_recites(host):
     host.check_output(f"kill -9 {before}")
     host.check_output(
         "for i in $(seq 300); do"
-        f" test \"$(systemctl show --property=MainPID --value llama-server@0)\" != {before} &&"
+        f' test "$(systemctl show --property=MainPID --value llama-server@0)" != {before} &&'
         " systemctl is-active --quiet llama-server@0 && exit 0; sleep 0.1; done; exit 1"
     )
     assert recites(host)["ok"]
