@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Write the shards of a small model as one file, which fills one 1 GiB page instead of one for each shard.
 
-    python3 -m tools.model.merge SHARD ... OUTPUT
+python3 -m tools.model.merge SHARD ... OUTPUT
 """
 
 from __future__ import annotations
