@@ -80,15 +80,30 @@ hosts() {
   python3 -m lab list | awk 'NR > 1 { print $1 }' | sort
 }
 
-# Whatever happened: no host of the lab stays that was not there before.
+# What a test could leave on this machine.
+belongings() {
+  cat /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages
+  losetup --all
+  ip netns list | sort
+  findmnt --raw --noheadings --output TARGET | grep -vx /run/netns | sort
+  pgrep --list-full 'qemu-system|systemd-nspawn|slirp4netns|llama-server|aria2c' | cut -d' ' -f2- | sort || true
+}
+
+# Whatever happened: no host of the lab stays that was not there before, and nothing else does either.
 clean() {
-  local made
-  mapfile -t made < <(comm -13 <(echo "$before") <(hosts))
+  local status=$? made left
+  mapfile -t made < <(comm -13 <(echo "$hosts_before") <(hosts))
   if ((${#made[@]})); then python3 -m lab down "${made[@]}" || true; fi
+  if ! left=$(diff <(echo "$belongings_before") <(belongings)); then
+    echo "==> left behind, or gone:" "$left" >&2
+    ((status)) || status=1
+  fi
+  exit "$status"
 }
 
 if [ "${1:-all}" = all ]; then set -- "${parts[@]}"; fi
-before=$(hosts)
+hosts_before=$(hosts)
+belongings_before=$(belongings)
 trap clean EXIT
 begin=$SECONDS
 for part; do
