@@ -104,8 +104,11 @@ def plan(
     return write, sorted(path for path, state in before.items() if state is not None and path not in kept)
 
 
-def apply(module: AnsibleModule, write: list[dict[str, Any]], remove: list[str]) -> None:
-    """Write and remove. Each file changes in one step."""
+def apply(write: list[dict[str, Any]], remove: list[str]) -> None:
+    """Write and remove. Each file changes in one step.
+
+    A plain rename, because AnsibleModule.atomic_move gives the file the mode of what was there, or the umask's.
+    """
     for entry in write:
         folder = os.path.dirname(entry["path"])
         os.makedirs(folder, mode=0o755, exist_ok=True)
@@ -116,7 +119,7 @@ def apply(module: AnsibleModule, write: list[dict[str, Any]], remove: list[str])
             os.fchmod(handle.fileno(), entry["mode"])
             os.fchown(handle.fileno(), 0, 0)
             os.fsync(handle.fileno())
-        module.atomic_move(fresh, entry["path"])
+        os.replace(fresh, entry["path"])
     for path in remove:
         os.unlink(path)
         folder = os.path.dirname(path)
@@ -155,7 +158,7 @@ def main() -> None:
         before = {path: found(path) for path in sorted(owned | {entry["path"] for entry in wanted})}
         write, remove = plan(wanted, before)
         if not module.check_mode:
-            apply(module, write, remove)
+            apply(write, remove)
     except OSError as error:
         module.fail_json(msg=str(error))
     after = {entry["path"]: entry["content"] for entry in write}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from ansible_collections.cpullm.epyc.plugins.modules import owned_files
 
@@ -42,3 +44,18 @@ def test_bytes_that_are_no_text_differ_from_every_text(tmp_path):
     state = owned_files.found(str(tmp_path / "x"))
     assert state is not None
     assert state["content"] == "\\xff\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to root")
+@pytest.mark.parametrize("there", [None, 0o600, 0o644], ids=["absent", "closed", "no-program"])
+def test_a_file_is_as_wanted_once_it_is_written(tmp_path, there):
+    path = tmp_path / "folder" / "program"
+    if there is not None:
+        path.parent.mkdir()
+        path.write_text("old\n")
+        path.chmod(there)
+    wanted = [{"path": str(path), "content": "new\n", "mode": 0o755}]
+    write, remove = owned_files.plan(wanted, {str(path): owned_files.found(str(path))})
+    owned_files.apply(write, remove)
+    assert owned_files.plan(wanted, {str(path): owned_files.found(str(path))}) == ([], [])
+    assert [entry.name for entry in path.parent.iterdir()] == ["program"]
