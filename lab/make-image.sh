@@ -102,10 +102,9 @@ chroot "$root" grub-install --target=i386-pc --recheck "/dev/$name"
 mkdir -p "$root/boot/grub/x86_64-efi"
 cp "$root"/usr/lib/grub/x86_64-efi/*.mod "$root"/usr/lib/grub/x86_64-efi/*.lst "$root/boot/grub/x86_64-efi/"
 # shellcheck disable=SC2016 # $root and $prefix are GRUB's variables
-printf 'search.fs_uuid %s root\nset prefix=($root)/boot/grub\nconfigfile $prefix/grub.cfg\n' "$root_uuid" \
-    >"$root/tmp/early.cfg"
+printf 'search.fs_uuid %s root\nset prefix=($root)/boot/grub\n' "$root_uuid" >"$root/tmp/early.cfg"
 chroot "$root" grub-mkimage --format=x86_64-efi --output=/tmp/bootx64.efi --prefix=/boot/grub --config=/tmp/early.cfg \
-    part_gpt fat ext2 search search_fs_uuid normal configfile echo
+    part_gpt fat ext2 search search_fs_uuid normal
 mmd -i "/dev/${name}p2" ::EFI ::EFI/BOOT
 mcopy -i "/dev/${name}p2" "$root/tmp/bootx64.efi" ::EFI/BOOT/BOOTX64.EFI
 chroot "$root" update-grub
