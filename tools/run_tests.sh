@@ -86,7 +86,7 @@ belongings() {
   losetup --all
   ip netns list | sort
   findmnt --raw --noheadings --output TARGET | grep -vx /run/netns | sort
-  ps -eo comm= | grep -E '^(qemu-system|systemd-nspawn|slirp4netns|llama-server|aria2c)' | sort || true
+  pgrep --list-name '^(qemu-system|systemd-nspawn|slirp4netns|llama-server|aria2c)' | cut -d' ' -f2 | sort || true
 }
 
 # Whatever happened: no host of the lab stays that was not there before, and nothing else does either.
@@ -102,9 +102,11 @@ clean() {
 }
 
 if [ "${1:-all}" = all ]; then set -- "${parts[@]}"; fi
-hosts_before=$(hosts)
-belongings_before=$(belongings)
-trap clean EXIT
+if [[ " $* " =~ \ (engine|lab|molecule)\  ]]; then
+  hosts_before=$(hosts)
+  belongings_before=$(belongings)
+  trap clean EXIT
+fi
 begin=$SECONDS
 for part; do
   timed "$part" "$part"
