@@ -78,9 +78,9 @@ def packages() -> tuple[str, ...]:
 def mirrors(sources: Sequence[Path] | None = None) -> tuple[str, str]:
     """Return the URLs of Debian and of its security archive, as this machine's own apt uses them.
 
-    A controller that is not Debian, or has neither in its sources, gets mirror.test.
+    Raises LabError where apt's sources name no Debian archive.
     """
-    plain, security = "http://mirror.test/debian", "http://mirror.test/debian-security"
+    plain = security = ""
     if sources is None:
         sources = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     for path in sources:
@@ -95,7 +95,9 @@ def mirrors(sources: Sequence[Path] | None = None) -> tuple[str, str]:
                 security = stripped
             elif stripped.endswith("/debian"):
                 plain = stripped
-    return plain, security
+    if not plain:
+        raise LabError("apt's sources name no Debian archive (an address that ends in /debian); add one and run again")
+    return plain, security or f"{plain}-security"
 
 
 def sources_text(release: str, urls: tuple[str, str]) -> str:

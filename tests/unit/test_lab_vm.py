@@ -176,7 +176,9 @@ def test_mirrors_are_those_of_this_machine(tmp_path):
         "http://mirror.test/debian",
         "https://mirror.test/debian-security",
     )
-    assert rootfs.mirrors([other]) == ("http://mirror.test/debian", "http://mirror.test/debian-security")
+    assert rootfs.mirrors([other, old]) == ("http://mirror.test/debian", "http://mirror.test/debian-security")
+    with pytest.raises(LabError, match="name no Debian archive"):
+        rootfs.mirrors([other])
 
 
 def test_sources_hold_updates_and_security():
