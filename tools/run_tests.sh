@@ -42,7 +42,7 @@ next() {
     "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement requirements/next.txt 2>&1 | grep -v '^WARNING: Location' || true
     touch "$venv/.complete"
   fi
-  "$venv/bin/ansible" --version | head -1
+  "$venv/bin/python" -c 'import ansible.release; print("next: ansible-core", ansible.release.__version__)'
   PATH=$venv/bin:$PATH "$venv/bin/python" -m pytest -q tests/unit -p no:cacheprovider
   PATH=$venv/bin:$PATH "$venv/bin/ansible-playbook" --syntax-check -i inventories/example site.yml playbooks/*.yml
 }

@@ -4,21 +4,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import io
-import os
-import shutil
-import sys
-import tempfile
-import threading
-from pathlib import Path
-from typing import Any
-
-from ansible.plugins.callback import CallbackBase
-from ansible_collections.cpullm.epyc.plugins.module_utils._progress import Record, render_block
-from ansible_collections.cpullm.epyc.plugins.plugin_utils._reporter import SPOOL_VARIABLE
-
 DOCUMENTATION = r"""
 name: progress
 type: notification
@@ -36,6 +21,21 @@ requirements:
   - C(callbacks_enabled = cpullm.epyc.progress) in C(ansible.cfg)
 options: {}
 """
+
+import atexit
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.callback import CallbackBase
+from ansible_collections.cpullm.epyc.plugins.module_utils._progress import Record, render_block
+from ansible_collections.cpullm.epyc.plugins.plugin_utils._reporter import SPOOL_VARIABLE
 
 _REDRAW_S = 0.5
 
@@ -163,7 +163,8 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         atexit.register(self._end, os.getpid())
 
     def _run(self) -> None:
-        assert self._spool is not None and self._block is not None  # noqa: S101 - set before the thread starts
+        if self._spool is None or self._block is None:  # both are set before the thread starts
+            return
         while not self._stop.wait(_REDRAW_S):
             size = shutil.get_terminal_size()
             # A terminal that went away must not end the play.

@@ -103,7 +103,7 @@ def check(arguments: Sequence[str]) -> list[str]:
     size: str | None = None
     sizes: list[str] = []
     for argument in arguments:
-        name, _, value = argument.partition("=")
+        name, _equals, value = argument.partition("=")
         if name_of(name) == "hugepagesz":
             if value in sizes:
                 faults.append(

@@ -78,7 +78,7 @@ def state_of(folder: str) -> dict[str, Any] | None:
 
 def lives(process: dict[str, Any] | None) -> bool:
     """Return whether a recorded process is still that process."""
-    return process is not None and start_time(process["pid"]) == process["start"] is not None
+    return process is not None and process["start"] is not None and start_time(process["pid"]) == process["start"]
 
 
 def group_lives(process: dict[str, Any]) -> bool:

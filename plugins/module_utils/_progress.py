@@ -238,7 +238,7 @@ def render_line(record: Record) -> str:
     return f"{record.host} | {record.title}: {describe(record)}"
 
 
-def bar(percent: float, width: int) -> str:
+def gauge(percent: float, width: int) -> str:
     """Return a bar of ASCII characters: every terminal and every copy into a ticket shows it."""
     filled = min(width, int(width * percent / 100))
     return "[" + "#" * filled + "." * (width - filled) + "]"
@@ -256,8 +256,8 @@ def render_block(records: list[Record], columns: int, rows: int) -> list[str]:
     lines = []
     for record in shown:
         percent = record.status.percent if record.status is not None else None
-        gauge = bar(percent, 20) if percent is not None else " " * 22
-        line = f"{record.host:<{host_width}}  {record.title:<{title_width}}  {gauge}  {describe(record)}"
+        meter = gauge(percent, 20) if percent is not None else " " * 22
+        line = f"{record.host:<{host_width}}  {record.title:<{title_width}}  {meter}  {describe(record)}"
         lines.append(line[: max(1, columns - 1)])
     if len(shown) < len(records):
         lines.append(f"... and {len(records) - len(shown)} more"[: max(1, columns - 1)])

@@ -26,7 +26,8 @@ def tarball(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def installed(tarball, tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("collections")
-    environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(home), "ANSIBLE_CONFIG": "/dev/null"}
+    (home / "none.cfg").touch()
+    environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(home), "ANSIBLE_CONFIG": str(home / "none.cfg")}
     subprocess.run(
         ["ansible-galaxy", "collection", "install", "--offline", "-p", str(home), str(tarball)],
         cwd=home,
