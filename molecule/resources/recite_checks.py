@@ -18,11 +18,12 @@ def name_of(host: Any) -> str:
     return str(host.backend.get_pytest_id()).removeprefix("ansible://")
 
 
-def recites(host: Any, port: int = 8008) -> dict[str, Any]:
-    """Return what the recitation check says of a server, asked through a tunnel of the lab."""
+def recites(host: Any, port: int = 8008, cases: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what the recitation check says of a server, asked through a tunnel of the lab; all cases by default."""
     tunnel = [sys.executable, "-m", "lab", "tunnel", name_of(host), str(port)]
     local = subprocess.run(tunnel, cwd=CLONE, check=True, capture_output=True, text=True).stdout.split()[-1]
     check = [sys.executable, str(CLONE / "tools/model/recitation.py"), f"http://127.0.0.1:{local}"]
+    check += [word for case in cases for word in ("--case", case)]
     said = subprocess.run(check, check=False, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(said.stdout)
     return answer
