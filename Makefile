@@ -50,8 +50,8 @@ lint unit sanity next engine lab molecule: setup ## One part of the tests
 ## ---- measurements
 
 .PHONY: bench results
-bench: setup engine ## Measure, and keep the results in bench/results/
-	@for program in bench/[!_]*.py; do echo "== $$program"; python "$$program"; done
+bench: setup ## Measure, and keep the results in bench/results/
+	@tools/bench.sh
 
 results: ## Show the kept results
 	@python3 tools/results.py
