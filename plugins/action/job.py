@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from typing import Any
 
@@ -138,6 +139,7 @@ class _Job:
         has_job = self._spec["key"] is not None
         status: Status | None = None
         attached = False
+        play = os.getppid()
         seen: tuple[Any, ...] = ()
         changed_at = time.monotonic()
         operation = "start" if has_job else "look"
@@ -145,6 +147,9 @@ class _Job:
             # The first look comes soon, so that people see a status and short work ends fast.
             wait_s = min(self._poll_s, _FIRST_LOOK_S) if operation == "start" else self._poll_s
             answer = self._ask(operation, reporter, wait_s if has_job else 0.0)
+            # A worker outlives a play that was killed. It must not clear away what the next play will follow.
+            if os.getppid() != play:
+                raise AnsibleActionFail("the play is gone; the job goes on, and the same task run again follows it")
             if answer.get("state") == "conflict":
                 raise AnsibleActionFail(
                     f"a job with the key {self._spec['key']} runs already with other arguments "

@@ -238,7 +238,8 @@ def test_a_killed_play_leaves_the_job_and_the_next_one_follows_it(play: Play) ->
     first.wait()
     other, result = play.run_all({**task, "argv": play.argv(steps=61)}, task)
     assert other["failed"] and "runs already with other arguments" in other["msg"]
-    assert result["attached"] and result["rc"] == 0 and result["status"]["done"] == 60
+    assert result["attached"] and result["rc"] == 0, result["msg"]
+    assert result["status"]["done"] == 60
     assert result["elapsed_s"] >= 6
     starts = (play.tmp / "status.json.starts").read_text().split()
     assert len(starts) == 1
