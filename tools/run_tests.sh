@@ -86,7 +86,7 @@ belongings() {
   losetup --all
   ip netns list | sort
   findmnt --raw --noheadings --output TARGET | grep -vx /run/netns | sort
-  pgrep --list-name '^(qemu-system|systemd-nspawn|slirp4netns|llama-server|aria2c)' | cut -d' ' -f2 | sort || true
+  ps -e -o comm= | grep -E '^(qemu-system|systemd-nspawn|slirp4netns|llama-server|aria2c)' | sort || true
 }
 
 # Whatever happened: no host of the lab stays that was not there before, and nothing else does either.
