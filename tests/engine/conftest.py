@@ -48,11 +48,13 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Path:
-    """The directory of the engine's programs."""
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the engine's programs: a copy that every user can reach, as under /opt."""
     path = Path(os.environ.get("CPULLM_ENGINE_BIN", "/opt/llama.cpp/current/bin"))
     assert (path / "llama-server").is_file(), f"no llama-server in {path}: build the engine, or set CPULLM_ENGINE_BIN"
-    return path
+    copy = open_to_all(tmp_path_factory.mktemp("engine")) / path.resolve().parent.name
+    shutil.copytree(path.resolve().parent, copy, symlinks=True)
+    return copy / "bin"
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def patched_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert found == SDIST_SHA256, f"{archive}: sha256 {found}, expected {SDIST_SHA256}"
     root = tmp_path_factory.mktemp("source")
     top = f"{SDIST}/vendor/llama.cpp/"
-    wanted = (f"{top}src/", f"{top}include/", f"{top}ggml/include/")
+    wanted = tuple(f"{top}{folder}/" for folder in ("src", "include", "ggml/include", "tools/server"))
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.isfile() and member.name.startswith(wanted)]
         for member in members:
