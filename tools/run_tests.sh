@@ -86,7 +86,10 @@ belongings() {
   losetup --all
   ip netns list | sort
   findmnt --raw --noheadings --output TARGET | grep -vx /run/netns | sort
-  ps -e -o comm= | grep -E '^(qemu-system|systemd-nspawn|slirp4netns|llama-server|aria2c)' | sort || true
+  local name
+  for name in qemu-system systemd-nspawn slirp4netns llama-server aria2c; do
+    printf '%s %s\n' "$name" "$(pgrep --count "^$name" || true)"
+  done
 }
 
 # Whatever happened: no host of the lab stays that was not there before, and nothing else does either.
