@@ -135,6 +135,12 @@ class Zones:
 # --- Formats ------------------------------------------------------------------------------------------------------
 
 
+def _shown(text: str) -> str:
+    """Return a text as an error may quote it: one line of at most 60 printable characters."""
+    shown = ascii(text)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
 def parse_cpulist(text: str) -> tuple[int, ...]:
     """Return the numbers of a kernel list such as "0-3,8", ascending and once each; raises ValueError."""
     numbers: set[int] = set()
@@ -144,10 +150,10 @@ def parse_cpulist(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
         if not match:
-            raise ValueError(f"{part[:40]!r} in the list {text[:40]!r}: a number or a range such as 0-3 expected")
+            raise ValueError(f"{_shown(part)} in the list {_shown(text)}: a number or a range such as 0-3 expected")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last > MAX_CPU:
-            raise ValueError(f"{part!r} in the list {text[:40]!r}: ascending and at most {MAX_CPU} expected")
+            raise ValueError(f"{_shown(part)} in the list {_shown(text)}: ascending and at most {MAX_CPU} expected")
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
 
@@ -167,7 +173,7 @@ def parse_size(text: str) -> int:
     """Return the bytes that a cache's size file gives, such as "32768K"; raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,12})([KMG]?)", text.strip())
     if not match:
-        raise ValueError(f"cache size {text.strip()[:40]!r}: a number with K, M or G expected")
+        raise ValueError(f"cache size {_shown(text.strip())}: a number with K, M or G expected")
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
@@ -182,7 +188,7 @@ def parse_zoneinfo(text: str) -> dict[int, Zones]:
     for section in ("\n" + text).split("\nNode ")[1:]:
         header = re.match(r" *([0-9]{1,6}), zone +(\w+)", section)
         if not header:
-            raise ValueError(f"{ZONEINFO} holds {'Node ' + section[:40]!r}, a node and a zone expected")
+            raise ValueError(f"{ZONEINFO} holds {_shown('Node ' + section)}, a node and a zone expected")
         node = int(header[1])
         before = found.setdefault(node, Zones(0, 0, 0))
         counts = dict(
@@ -436,7 +442,7 @@ def _distances(root: str, number: int, numbers: list[int]) -> tuple[Distance, ..
     values = text.split()
     if len(values) != len(numbers) or not all(re.fullmatch(r"[0-9]{1,5}", value) for value in values):
         raise ValueError(
-            f"{NODE}/node{number}/distance holds {text.strip()[:80]!r}, {len(numbers)} numbers expected, "
+            f"{NODE}/node{number}/distance holds {_shown(text.strip())}, {len(numbers)} numbers expected, "
             f"one for each of the nodes {format_cpulist(numbers)}"
         )
     return tuple(Distance(node, int(value)) for node, value in zip(numbers, values))
