@@ -1,0 +1,15 @@
+#!/bin/sh
+# Prints what the collection could change on a host, a line each: files, links, accounts, units, memory settings.
+set -eu
+find /boot/grub /etc /opt /srv /usr/local /var/lib/cpullm -xdev -type f \
+  -printf 'file %p %m %U:%G ' -exec sha256sum --zero -- {} \; 2>/dev/null | tr '\0' '\n' | sed 's/  .*//' || true
+find /etc /opt /srv /usr/local /var/lib/cpullm -xdev -type l -printf 'link %p %l\n' 2>/dev/null || true
+getent passwd | sed 's/^/account /'
+getent group | sed 's/^/group /'
+systemctl list-unit-files --no-legend --plain --state=enabled | sed 's/  */ /g; s/^/enabled /'
+findmnt --list --noheadings --types hugetlbfs --output TARGET | sed 's/^/hugetlbfs /'
+for path in /proc/cmdline /proc/sys/vm/swappiness /proc/sys/vm/zone_reclaim_mode /proc/sys/vm/overcommit_memory \
+  /proc/sys/kernel/numa_balancing /sys/kernel/mm/transparent_hugepage/enabled /sys/kernel/mm/transparent_hugepage/defrag \
+  /sys/devices/system/node/node*/hugepages/hugepages-1048576kB/nr_hugepages; do
+  [ ! -e "$path" ] || echo "kernel $path $(cat "$path")"
+done
