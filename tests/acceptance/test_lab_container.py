@@ -26,11 +26,7 @@ from lab import container, network, pages, state
 
 CLONE = Path(__file__).resolve().parents[2]
 
-pytestmark = [
-    pytest.mark.lab,
-    pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
-    pytest.mark.skipif(shutil.which("systemd-nspawn") is None, reason="systemd-nspawn is not installed"),
-]
+pytestmark = pytest.mark.lab
 
 MAP_A_PAGE = """
 import ctypes, os
