@@ -1,9 +1,10 @@
 #!/bin/sh
 # Prints what the collection could change on a host, a line each: files, links, accounts, units, memory settings.
 set -eu
-find /boot/grub /etc /opt /srv /usr/local /var/lib/cpullm -xdev -type f \
-  -printf 'file %p %m %U:%G ' -exec sha256sum --zero -- {} \; 2>/dev/null | tr '\0' '\n' | sed 's/  .*//' || true
-find /etc /opt /srv /usr/local /var/lib/cpullm -xdev -type l -printf 'link %p %l\n' 2>/dev/null || true
+set -- /etc /opt /srv /usr/local /var/lib/cpullm
+find /boot/grub "$@" -xdev -type f -printf 'file %p %m %U:%G\n' 2>/dev/null || true
+find /boot/grub "$@" -xdev -type f -exec sha256sum -- {} + 2>/dev/null | sed 's/\([^ ]*\)  \(.*\)/file \2 \1/' || true
+find "$@" -xdev -type l -printf 'link %p %l\n' 2>/dev/null || true
 getent passwd | sed 's/^/account /'
 getent group | sed 's/^/group /'
 systemctl list-unit-files --no-legend --plain --state=enabled | sed 's/  */ /g; s/^/enabled /'
