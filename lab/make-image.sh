@@ -92,9 +92,11 @@ cp --dereference /etc/resolv.conf "$root/etc/resolv.conf"
 chroot "$root" apt-get -q -o Acquire::Retries=3 update
 chroot "$root" apt-get -q -y --no-install-recommends -o Dpkg::Options::=--force-unsafe-io \
     -o Dpkg::Options::=--force-confold \
-    install initramfs-tools linux-image-cloud-amd64 grub-pc grub-efi-amd64-bin
+    install initramfs-tools linux-image-cloud-amd64 grub-pc grub-efi-amd64-bin python3-apt
 chroot "$root" apt-get -q clean
-rm -rf "$root"/var/lib/apt/lists/* "$root"/var/log/apt/* "$root"/var/log/*.log
+rm -rf "$root"/var/log/apt/* "$root"/var/log/*.log
+# A server has python3-apt and a package index of the last days. Under emulation they take a minute to come by.
+chroot "$root" apt-cache -q gencaches
 
 chroot "$root" grub-install --target=i386-pc --recheck "/dev/$name"
 # For UEFI at the removable path, which needs no boot variables in the firmware. By hand and with mtools, since not
