@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def main() -> int:
     parser.add_argument("--request", type=Path, required=True, help="JSON file; removed once it is read")
     parser.add_argument("--status", type=Path, help="JSON file that shows how far the work is")
     options = parser.parse_args()
+    # The server's own account reads what root fetches.
+    os.umask(0o022)
     try:
         request = json.loads(options.request.read_text(encoding="utf-8"))
         options.request.unlink()
