@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Runs the parts of the tests, each with its time, and stops at the first that fails.
 # usage: run_tests.sh all | PART ...
+# All of them run in two lanes side by side: an emulated machine keeps one core busy at most.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${CPULLM_CACHE:=$HOME/.cache/cpullm}"
 
-parts=(lint unit next sanity engine lab molecule)
+parts=(lint unit next sanity engine containers)
+beside=(vms)
 
 lint() {
   ruff check .
@@ -57,14 +59,23 @@ engine() {
   CPULLM_ENGINE_BIN=$CPULLM_CACHE/engine/current/bin python -m pytest -q tests/engine
 }
 
-lab() {
-  python -m pytest -q tests/acceptance -m lab
+containers() {
+  python -m pytest -q tests/acceptance -m 'lab and not vm'
+  scenarios --files-without-match
 }
 
-molecule() {
-  local scenario
-  for scenario in molecule/*/molecule.yml; do
-    scenario=$(basename "$(dirname "$scenario")")
+vms() {
+  python -m pytest -q tests/acceptance -m vm
+  scenarios --files-with-matches
+}
+
+# The molecule scenarios with or without a VM.
+scenarios() {
+  local file scenario
+  local -a files
+  mapfile -t files < <(grep "$1" --word-regexp 'kind: vm' molecule/*/molecule.yml)
+  for file in "${files[@]}"; do
+    scenario=$(basename "$(dirname "$file")")
     timed "molecule $scenario" command molecule test --scenario-name "$scenario"
   done
 }
@@ -95,6 +106,8 @@ belongings() {
 # Whatever happened: no host of the lab stays that was not there before, and nothing else does either.
 clean() {
   local status=$? made left
+  end_lanes
+  wait
   mapfile -t made < <(comm -13 <(echo "$hosts_before") <(hosts))
   if ((${#made[@]})); then python3 -m lab down "${made[@]}" || true; fi
   if ! left=$(diff <(echo "$belongings_before") <(belongings)); then
@@ -104,14 +117,48 @@ clean() {
   exit "$status"
 }
 
-if [ "${1:-all}" = all ]; then set -- "${parts[@]}"; fi
-if [[ " $* " =~ \ (engine|lab|molecule)\  ]]; then
+run() {
+  local part
+  for part; do
+    timed "$part" "$part"
+  done
+}
+
+# The first lane's output comes as it goes, the second one's at its end. When one fails, the other is ended.
+lanes=()
+both_lanes() {
+  local log lane failed status=0
+  log=$(mktemp)
+  # With job control each lane is a process group, and can be ended whole.
+  set -m
+  (run "${parts[@]}") &
+  lanes+=($!)
+  (run "${beside[@]}") >"$log" 2>&1 &
+  lanes+=($!)
+  set +m
+  echo "==> beside these, shown at the end: ${beside[*]}"
+  wait -n "${lanes[@]}" || status=$?
+  if ((status)); then end_lanes; fi
+  for lane in "${lanes[@]}"; do
+    failed=0
+    wait "$lane" || failed=$?
+    ((status)) || status=$failed
+  done
+  cat "$log"
+  rm "$log"
+  return "$status"
+}
+
+end_lanes() {
+  local lane
+  for lane in "${lanes[@]}"; do kill -- "-$lane" 2>/dev/null || true; done
+}
+
+begin=$SECONDS
+if [[ " ${*:-all} " =~ \ (all|engine|containers|vms)\  ]]; then
   hosts_before=$(hosts)
   belongings_before=$(belongings)
   trap clean EXIT
 fi
-begin=$SECONDS
-for part; do
-  timed "$part" "$part"
-done
-echo "==> all of $*: $((SECONDS - begin)) s"
+if [ "${*:-all}" = all ]; then both_lanes; else run "$@"; fi
+echo "==> ${*:-all}: $((SECONDS - begin)) s"

@@ -26,7 +26,7 @@ CLONE = Path(__file__).resolve().parents[2]
 NAME = "test-vm"
 MEMORY_GIB = int(os.environ.get("CPULLM_LAB_TEST_MEMORY_GIB", "10"))
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.vm]
 
 
 def lab(*words: str, timeout_s: float = 1800) -> str:
