@@ -210,6 +210,25 @@ ansible_facts:
           type: list
           elements: dict
           returned: success
+    cpullm_judgement:
+      description: What holds the machine back. It informs, and no number of the plan depends on it.
+      type: dict
+      returned: success
+      contains:
+        findings:
+          description:
+            - What costs speed or safety, with C(severity), C(name), C(found), C(expected), C(loss) and C(way_out).
+            - Severity V(unknown) is what could not be judged.
+          type: list
+          elements: dict
+          returned: success
+        roofs:
+          description:
+            - Read rates that limit decoding, with C(socket), C(name), C(gbs) (10^9 bytes/s), C(hypothesis), and in
+              C(tokens) the C(tokens_per_second) at each C(depth) of context.
+          type: list
+          elements: dict
+          returned: success
 refusal:
   description: What cannot work, with C(host), C(name), C(found), C(expected) and C(way_out).
   type: dict
