@@ -17,11 +17,14 @@ from ansible_collections.cpullm.epyc.plugins.module_utils import _job_agent
 _AGENT = Path(_job_agent.__file__).read_text(encoding="utf-8")
 
 
-def interpreter(task_vars: dict[str, Any]) -> str:
+def interpreter(action: ActionBase, task_vars: dict[str, Any]) -> str:
     """Return a shell word for the target's Python: what the inventory says, what was discovered, or python3."""
-    named = task_vars.get("ansible_python_interpreter")
+    host = action._task.delegate_to
+    host_vars = ((task_vars.get("ansible_delegated_vars") or {}).get(host) or {}) if host else task_vars
+    # An inventory's value may be a template, as the implicit localhost's is.
+    named = action._templar.template(host_vars.get("ansible_python_interpreter"))
     if not named or str(named).startswith("auto"):
-        named = (task_vars.get("ansible_facts") or {}).get("discovered_interpreter_python")
+        named = (host_vars.get("ansible_facts") or {}).get("discovered_interpreter_python")
     return shlex.quote(str(named)) if named else "$(command -v python3 || echo /usr/libexec/platform-python)"
 
 
@@ -32,7 +35,7 @@ def ask_agent(action: ActionBase, task_vars: dict[str, Any], request: dict[str, 
     """
     program = f"{_AGENT}\nmain(__import__('json').loads({json.dumps(request)!r}))\n"
     result = action._low_level_execute_command(
-        f"{interpreter(task_vars)} -I -S -", in_data=program.encode("utf-8"), sudoable=True
+        f"{interpreter(action, task_vars)} -I -S -", in_data=program.encode("utf-8"), sudoable=True
     )
     for line in reversed(result["stdout_lines"]):
         if line.startswith(_job_agent.MARKER):

@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from ansible_collections.cpullm.epyc.plugins.action.job import fingerprint
+from ansible_collections.cpullm.epyc.plugins.plugin_utils._target import interpreter
 
 CLONE = Path(__file__).resolve().parents[2]
 PLAYBOOK = str(Path(sys.executable).with_name("ansible-playbook"))
@@ -79,7 +81,8 @@ class Play:
         (self.tmp / "play.yml").write_text(yaml.safe_dump([play], sort_keys=False))
         names = "\n".join(f"host{n} ansible_connection=local" for n in range(hosts))
         (self.tmp / "inventory").write_text(
-            f"[all]\n{names}\n[all:vars]\nansible_python_interpreter={sys.executable}\n"
+            f"[all]\n{names}\n[all:vars]\nansible_python_interpreter={{{{ python_of_the_test }}}}\n"
+            f"python_of_the_test={sys.executable}\n"
         )
         return [PLAYBOOK, "-i", str(self.tmp / "inventory"), str(self.tmp / "play.yml"), *arguments]
 
@@ -113,6 +116,22 @@ def play(tmp_path: Path) -> Iterator[Play]:
     made = Play(tmp_path)
     yield made
     assert made.leftovers() == []
+
+
+def test_a_delegated_task_takes_the_other_host_s_python() -> None:
+    action: Any = SimpleNamespace(
+        _task=SimpleNamespace(delegate_to="builder"), _templar=SimpleNamespace(template=lambda value: value)
+    )
+    variables: dict[str, Any] = {
+        "ansible_python_interpreter": "/usr/bin/python3.9",
+        "ansible_delegated_vars": {
+            "builder": {"ansible_facts": {"discovered_interpreter_python": "/usr/bin/python3.13"}}
+        },
+    }
+    assert interpreter(action, variables) == "/usr/bin/python3.13"
+    action._task.delegate_to = None
+    assert interpreter(action, variables) == "/usr/bin/python3.9"
+    assert interpreter(action, {}).startswith("$(command -v python3")
 
 
 def lives(pid: int) -> bool:
