@@ -91,6 +91,9 @@ hosts() {
   python3 -m lab list | awk 'NR > 1 { print $1 }' | sort
 }
 
+# A scenario that is ended cannot stop its own.
+hub=$PWD/tests/support/hub.py
+
 # What a test could leave on this machine.
 belongings() {
   cat /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages
@@ -101,6 +104,7 @@ belongings() {
   for name in qemu-system systemd-nspawn slirp4netns llama-server aria2c; do
     printf '%s %s\n' "$name" "$(pgrep --count "^$name" || true)"
   done
+  pgrep --list-full --full "$hub" | cut --delimiter=' ' --fields=2- || true
 }
 
 # Whatever happened: no host of the lab stays that was not there before, and nothing else does either.
@@ -109,6 +113,7 @@ clean() {
   end_lanes
   wait
   mapfile -t made < <(comm -13 <(echo "$hosts_before") <(hosts))
+  pkill --full "$hub" || true
   if ((${#made[@]})); then python3 -m lab down "${made[@]}" || true; fi
   if ! left=$(diff <(echo "$belongings_before") <(belongings)); then
     echo "==> left behind, or gone:" "$left" >&2
