@@ -102,7 +102,8 @@ belongings() {
   findmnt --raw --noheadings --output TARGET | grep -vx /run/netns | sort
   local name
   for name in qemu-system systemd-nspawn slirp4netns llama-server aria2c; do
-    printf '%s %s\n' "$name" "$(pgrep --count "^$name" || true)"
+    # Not the dead: when they are collected is up to the machine's first process.
+    printf '%s %s\n' "$name" "$(pgrep --runstates D,R,S,T,I --count "^$name" || true)"
   done
   pgrep --list-full --full "$hub" | cut --delimiter=' ' --fields=2- || true
 }
