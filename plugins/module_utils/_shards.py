@@ -21,7 +21,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
@@ -280,30 +279,31 @@ class Aria2:
     """One aria2 process that downloads shards, driven over its JSON-RPC on loopback with a secret of its own."""
 
     def __init__(self, connections: int, stall_s: int) -> None:
-        """Start aria2. The secret goes through a file that only this user reads, never an argument."""
+        """Start aria2. The secret goes through a file in memory: no argument, no path, nothing left when killed."""
         self._secret = secrets.token_hex(16)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
-        self._home = Path(tempfile.mkdtemp(prefix="cpullm-aria2-"))
-        configuration = self._home / "aria2.conf"
-        configuration.touch(mode=0o600)
-        configuration.write_text(
-            f"enable-rpc=true\nrpc-listen-port={self._port}\nrpc-secret={self._secret}\n"
-            f"continue=true\nallow-overwrite=true\nauto-file-renaming=false\nfile-allocation=none\n"
-            f"max-connection-per-server={connections}\nsplit={connections}\nmin-split-size=64M\n"
-            f"max-concurrent-downloads=4\nmax-tries=8\nretry-wait=3\ntimeout={stall_s}\nconnect-timeout=30\n"
-            f"lowest-speed-limit=1K\nauto-save-interval=1\nmax-file-not-found=1\nsummary-interval=0\n"
-            f"stop-with-process={os.getpid()}\n",
-            encoding="utf-8",
-        )
-        try:
-            self._process = subprocess.Popen(
-                ["aria2c", f"--conf-path={configuration}", "--quiet=true"],
-                stdin=subprocess.DEVNULL,
+        with os.fdopen(os.memfd_create("aria2.conf"), "w", encoding="utf-8") as configuration:
+            configuration.write(
+                f"enable-rpc=true\nrpc-listen-port={self._port}\nrpc-secret={self._secret}\n"
+                f"continue=true\nallow-overwrite=true\nauto-file-renaming=false\nfile-allocation=none\n"
+                f"max-connection-per-server={connections}\nsplit={connections}\nmin-split-size=64M\n"
+                f"max-concurrent-downloads=4\nmax-tries=8\nretry-wait=3\ntimeout={stall_s}\nconnect-timeout=30\n"
+                f"lowest-speed-limit=1K\nauto-save-interval=1\nmax-file-not-found=1\nsummary-interval=0\n"
+                f"stop-with-process={os.getpid()}\n"
             )
-        except OSError as error:
-            raise FetchError(f"aria2c does not start: {error}; install the package aria2") from None
+            configuration.flush()
+            number = configuration.fileno()
+            try:
+                # A child opens its own description of the file, which starts at its first byte.
+                self._process = subprocess.Popen(
+                    ["aria2c", f"--conf-path=/proc/self/fd/{number}", "--quiet=true"],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[number],
+                )
+            except OSError as error:
+                raise FetchError(f"aria2c does not start: {error}; install the package aria2") from None
 
     def call(self, method: str, *words: Any) -> Any:
         """Return the result of one RPC call. Raises FetchError for an error that aria2 reports."""
@@ -333,7 +333,6 @@ class Aria2:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        shutil.rmtree(self._home, ignore_errors=True)
 
 
 def download(store: Store, missing: list[Shard], request: dict[str, Any]) -> None:
