@@ -10,7 +10,6 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import judge
 from ansible_collections.cpullm.epyc.plugins.module_utils._manifest import Manifest, parse_lock
 from ansible_collections.cpullm.epyc.plugins.module_utils._plan import (
     GIB,
@@ -105,9 +104,5 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
             return result
         except ValueError as error:
             raise AnsibleActionFail(f"{host}: {error}") from error
-        none = {"reason": "no such fact; run the facts modules first"}
-        judgement = judge(
-            facts["cpullm_numa"], facts.get("cpullm_dimm", none), facts.get("cpullm_hugepages", none), plan
-        )
-        result.update(changed=False, ansible_facts={"cpullm_plan": plan, "cpullm_judgement": judgement})
+        result.update(changed=False, ansible_facts={"cpullm_plan": plan})
         return result

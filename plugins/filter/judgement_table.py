@@ -50,11 +50,22 @@ _value:
 _LEAST_WIDTH = 60
 
 
+def _speeds(row: Mapping[str, Any]) -> str:
+    """Return the tokens/s at each depth, or nothing where there is no plan."""
+    speeds = ", ".join(f"{entry['tokens_per_second']:.1f} at {entry['depth']}" for entry in row["tokens"])
+    return f": tokens/s at most {speeds}" if speeds else ""
+
+
 def _roof(roof: Mapping[str, Any]) -> str:
     """Return the line of one roof."""
-    speeds = ", ".join(f"{entry['tokens_per_second']:.1f} at {entry['depth']}" for entry in roof["tokens"])
+    rate = f" = {roof['gbs']:.0f} GB/s" if roof["gbs"] is not None else ""
     doubt = " (a hypothesis)" if roof["hypothesis"] else ""
-    return f"roof, socket {roof['socket']}: {roof['name']} = {roof['gbs']:.0f} GB/s{doubt}: tokens/s at most {speeds}"
+    return f"roof, socket {roof['socket']}: {roof['name']}{rate}{doubt}{_speeds(roof)}"
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    """Return the line of one measured read rate."""
+    return f"measured, socket {row['socket']}: {row['gbs']:.0f} GB/s{_speeds(row)}"
 
 
 def _finding(finding: Mapping[str, Any]) -> str:
@@ -73,7 +84,11 @@ def judgement_table(judgement: Any, host: str = "", width: int = 110) -> list[st
     width = max(_LEAST_WIDTH, int(width))
     count = len(judgement["findings"])
     lines = [f"{host}: {count} finding(s) on the hardware" if host else f"{count} finding(s) on the hardware"]
-    for text in [*map(_roof, judgement["roofs"]), *map(_finding, judgement["findings"])]:
+    for text in [
+        *map(_roof, judgement["roofs"]),
+        *map(_measured, judgement["measured"]),
+        *map(_finding, judgement["findings"]),
+    ]:
         lines += textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
     return lines
 

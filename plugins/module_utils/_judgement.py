@@ -5,7 +5,8 @@
 Pure functions of facts and plan. They inform and decide nothing: no number of the plan depends on them.
 
 Decoding reads every active weight once a token, so the memory's read rate is the first roof. A finding's loss is its
-share of that roof. Rates are peaks from transfer rate and width; what a machine reaches is less.
+share of that roof. Rates are peaks from transfer rate and width; what a machine reaches is less. At depth the
+arithmetic of attention is a roof of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 DEPTHS = (0, 4096, 16384)
@@ -22,24 +23,35 @@ CHANNEL_BYTES = 8
 # L3: so the link of a CCD may be what limits it. Not measured by itself, and shown as the hypothesis that it is.
 CCD_LINK_GBS = 140.0
 
+# Modules refresh twice as often from here on (JESD79-4 and -5, extended temperature range), and throttle soon.
+HOT_CELSIUS = 85.0
+# A start that takes longer than a coffee.
+SLOW_LOAD_S = 600
+
 _FIRMWARE_SPEED = "Firmware: AMD CBS, UMC Common Options, DDR Timing Configuration, Memory Target Speed: Auto."
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What a processor's memory controller takes. Source: AMD's processor specifications for one DIMM per channel."""
+    """What a processor's memory controller takes with one DIMM per channel, and its F32 operations a cycle and core.
+
+    Source: AMD's processor specifications, and its optimization guides: two fused multiply-adds a cycle, 256 bits wide
+    up to Zen 4 and 512 bits with Zen 5.
+    """
 
     name: str
     channels: int
     mts: int
+    flops_per_cycle: int
 
 
+LINKED = "EPYC 9005"
 # By the model's name: first digit, then the generation in the last one.
 _PLATFORMS: tuple[tuple[str, Platform], ...] = (
-    (r"EPYC 7..[23]", Platform("EPYC 7002 and 7003", 8, 3200)),
-    (r"EPYC 8..4", Platform("EPYC 8004", 6, 4800)),
-    (r"EPYC 9..4", Platform("EPYC 9004", 12, 4800)),
-    (r"EPYC 9..5", Platform("EPYC 9005", 12, 6000)),
+    (r"EPYC 7..[23]", Platform("EPYC 7002 and 7003", 8, 3200, 32)),
+    (r"EPYC 8..4", Platform("EPYC 8004", 6, 4800, 32)),
+    (r"EPYC 9..4", Platform("EPYC 9004", 12, 4800, 32)),
+    (r"EPYC 9..5", Platform(LINKED, 12, 6000, 64)),
 )
 
 
@@ -51,44 +63,78 @@ def platform_of(model: str | None) -> Platform | None:
     return None
 
 
-def judge(
-    numa: Mapping[str, Any], dimm: Mapping[str, Any], hugepages: Mapping[str, Any], plan: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return ``findings`` and ``roofs`` of a host.
+@dataclass(frozen=True)
+class Host:
+    """The collection's facts of a host; what was not read or measured is an empty dictionary.
 
-    ``numa``, ``dimm`` and ``hugepages`` are the collection's facts, ``plan`` is the host's. A finding has
-    ``severity`` (``warning`` costs speed or safety, ``advice`` may, ``unknown`` could not be judged), ``name``,
-    ``found``, ``expected``, ``loss`` (in words, or None) and ``way_out``. A roof has ``socket``, ``name``, ``gbs``
-    (GB/s, 10^9 bytes), ``hypothesis`` and ``tokens`` (a list of ``depth`` and ``tokens_per_second``).
+    ``plan`` is None where the plan refused the host: its hardware is judged all the same.
     """
-    platform = platform_of((numa.get("cpu") or {}).get("model"))
-    served = sorted({int(row["socket"]) for row in plan["instances"]})
-    findings = [*_errors(hugepages), *_smt(numa)]
+
+    numa: Mapping[str, Any]
+    plan: Mapping[str, Any] | None
+    dimm: Mapping[str, Any] = field(default_factory=dict)
+    hugepages: Mapping[str, Any] = field(default_factory=dict)
+    condition: Mapping[str, Any] = field(default_factory=dict)
+    bandwidth: Mapping[str, Any] = field(default_factory=dict)
+    disk_read: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def platform(self) -> Platform | None:
+        """Return what is known of the processor."""
+        return platform_of((self.numa.get("cpu") or {}).get("model"))
+
+    @property
+    def sockets(self) -> list[int]:
+        """Return the sockets that serve, or all where there is no plan."""
+        rows = self.plan["instances"] if self.plan else self.numa.get("sockets") or []
+        return sorted({int(row["socket"]) for row in rows})
+
+
+def judge(host: Host) -> dict[str, Any]:
+    """Return ``findings``, ``roofs`` and ``measured`` of a host.
+
+    A finding has ``severity`` (``warning`` costs speed or safety, ``advice`` may, ``unknown`` could not be judged),
+    ``name``, ``found``, ``expected``, ``loss`` (in words, or None) and ``way_out``. A roof has ``socket``, ``name``,
+    ``gbs`` (GB/s, 10^9 bytes; None where it is one of arithmetic), ``hypothesis`` and ``tokens`` (a list of ``depth``
+    and ``tokens_per_second``). What was measured has ``socket``, ``gbs`` and ``tokens``.
+    """
+    served = host.sockets
+    findings = [*_errors(host), *_smt(host), *_governors(host), *_heat(host)]
     roofs: list[dict[str, Any]] = []
-    if not dimm.get("readable"):
+    if not host.dimm.get("readable"):
         findings.append(
             _finding(
                 "unknown",
                 "memory slots",
-                f"none could be read: {dimm.get('reason') or 'no reason given'}",
+                f"none could be read: {host.dimm.get('reason') or 'no such fact; run dimm_facts first'}",
                 "SMBIOS tables of the types 16, 17 and 4",
                 None,
                 "Bare metal shows them to root; many virtual machines and all containers have none.",
             )
         )
     else:
-        findings += _protection(dimm)
+        findings += _protection(host.dimm)
         for socket in served:
-            slots = _slots_of(dimm["slots"], socket, served)
-            findings += _socket(socket, slots, platform)
-            roofs += _dimm_roof(socket, slots, plan)
+            slots = _slots_of(host.dimm["slots"], socket, served)
+            roof = _memory_roof(socket, slots, host.plan)
+            findings += _socket(socket, slots, host.platform, roof)
+            roofs += roof
     for socket in served:
-        roof = _ccd_roof(socket, numa, plan)
-        if roof is not None:
-            findings += _links(roof, roofs)
-            roofs.append(roof)
+        for links in _link_roof(socket, host):
+            findings += _links(links, roofs)
+            roofs.append(links)
+        roofs += _attention_roof(socket, host)
+    measured = [
+        {"socket": row["socket"], "gbs": row["gbs"], "tokens": _tokens(row["gbs"], host.plan)}
+        for row in host.bandwidth.get("sockets") or []
+    ]
+    findings += _disks(host)
     order = {"warning": 0, "advice": 1, "unknown": 2}
-    return {"findings": sorted(findings, key=lambda row: order[row["severity"]]), "roofs": roofs}
+    return {
+        "findings": sorted(findings, key=lambda row: order[row["severity"]]),
+        "roofs": sorted(roofs, key=lambda row: row["socket"]),
+        "measured": measured,
+    }
 
 
 def _finding(severity: str, name: str, found: str, expected: str, loss: str | None, way_out: str) -> dict[str, Any]:
@@ -102,9 +148,11 @@ def _finding(severity: str, name: str, found: str, expected: str, loss: str | No
     }
 
 
-def _share(lost: float) -> str:
-    """Return a loss in words."""
-    return f"{lost:.0%} of the memory's read rate, and of the decode speed where that is the limit"
+def _share(lost: float, roof: Sequence[Mapping[str, Any]]) -> str:
+    """Return a loss in words: a share of the memory's read rate, and what that would be on top of its roof."""
+    tokens = [entry["tokens_per_second"] for row in roof for entry in row["tokens"] if entry["depth"] == 0]
+    speed = f"up to {tokens[0] * lost / (1 - lost):.1f} tokens/s: " if tokens else ""
+    return f"{speed}{lost:.0%} of the memory's read rate, and of the decode speed where that is the limit"
 
 
 def _slots_of(slots: Sequence[Mapping[str, Any]], socket: int, served: Sequence[int]) -> list[Mapping[str, Any]]:
@@ -124,8 +172,13 @@ def _named(slots: Iterable[Mapping[str, Any]], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _socket(socket: int, slots: Sequence[Mapping[str, Any]], platform: Platform | None) -> list[dict[str, Any]]:
-    """Return the findings on a socket's slots."""
+def _socket(
+    socket: int,
+    slots: Sequence[Mapping[str, Any]],
+    platform: Platform | None,
+    roof: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return the findings on a socket's slots; ``roof`` is that of its memory, where it is known."""
     used = [slot for slot in slots if slot.get("populated")]
     name = f"socket {socket}, memory"
     if not used:
@@ -139,11 +192,19 @@ def _socket(socket: int, slots: Sequence[Mapping[str, Any]], platform: Platform 
                 "The firmware's tables are wrong; a newer firmware may mend them.",
             )
         ]
-    return [*_population(name, slots, used, platform), *_equality(name, used), *_speed(name, used, platform)]
+    return [
+        *_population(name, slots, used, platform, roof),
+        *_equality(name, used),
+        *_speed(name, used, platform, roof),
+    ]
 
 
 def _population(
-    name: str, slots: Sequence[Mapping[str, Any]], used: Sequence[Mapping[str, Any]], platform: Platform | None
+    name: str,
+    slots: Sequence[Mapping[str, Any]],
+    used: Sequence[Mapping[str, Any]],
+    platform: Platform | None,
+    roof: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     found = []
     there = _channels(slots)
@@ -168,7 +229,7 @@ def _population(
                 name,
                 f"{len(filled)} of {channels} channels populated" + (f", empty: {_named(empty)}" if empty else ""),
                 f"a module in each of the {channels} channels",
-                _share(1 - len(filled) / channels),
+                _share(1 - len(filled) / channels, roof),
                 "Add equal modules to the empty channels.",
             )
         )
@@ -213,7 +274,12 @@ def _size(count: int) -> str:
     return f"{count / (1 << 30):g} GiB"
 
 
-def _speed(name: str, used: Sequence[Mapping[str, Any]], platform: Platform | None) -> list[dict[str, Any]]:
+def _speed(
+    name: str,
+    used: Sequence[Mapping[str, Any]],
+    platform: Platform | None,
+    roof: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
     rated = _least(used, "rated_mts")
     configured = _least(used, "configured_mts")
     if configured is None:
@@ -237,19 +303,20 @@ def _speed(name: str, used: Sequence[Mapping[str, Any]], platform: Platform | No
                 f"{configured} MT/s configured, modules rated for {rated} MT/s",
                 f"{wanted} MT/s"
                 + (f", which {platform.name} takes" if platform and platform.mts < (rated or 0) else ""),
-                _share(1 - configured / wanted),
+                _share(1 - configured / wanted, roof),
                 _FIRMWARE_SPEED,
             )
         )
-    if rated and platform and rated < platform.mts:
+    elif rated and platform and configured < platform.mts:
         found.append(
             _finding(
                 "advice",
                 name,
-                f"modules rated for {rated} MT/s",
+                f"modules rated for {rated} MT/s" + (f", set to {configured}" if configured != rated else ""),
                 f"{platform.mts} MT/s, which {platform.name} takes",
-                _share(1 - rated / platform.mts),
-                "Faster modules, where the processor's links can use them (see the roofs).",
+                _share(1 - configured / platform.mts, roof),
+                "Faster modules, where the processor's links can use them (see the roofs). The published recipe sets "
+                "modules for 5600 to 6000 MT/s in the firmware, beyond what their maker promises.",
             )
         )
     return found
@@ -277,25 +344,45 @@ def _protection(dimm: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _errors(hugepages: Mapping[str, Any]) -> list[dict[str, Any]]:
-    poisoned = hugepages.get("poisoned_bytes")
-    if not poisoned:
-        return []
-    return [
-        _finding(
-            "warning",
-            "memory errors",
-            f"the kernel took {poisoned} bytes out of use after uncorrectable memory errors",
-            "0",
-            "a page of 1 GiB with one such byte cannot be reserved",
-            "`journalctl -k | grep -i 'hardware error'` names the module; exchange it.",
+def _errors(host: Host) -> list[dict[str, Any]]:
+    found = []
+    poisoned = host.hugepages.get("poisoned_bytes")
+    if poisoned:
+        found.append(
+            _finding(
+                "warning",
+                "memory errors",
+                f"the kernel took {poisoned} bytes out of use after uncorrectable memory errors",
+                "0",
+                "a page of 1 GiB with one such byte cannot be reserved",
+                "`journalctl -k | grep -i 'hardware error'` names the module; exchange it.",
+            )
         )
-    ]
+    counted = host.condition.get("memory_errors") or []
+    for kind, severity, loss in (
+        ("uncorrected", "warning", "the page that holds such a byte, and what was in it"),
+        ("corrected", "advice", "none yet; a module that is corrected often fails more often than others"),
+    ):
+        rows = [row for row in counted if row.get(kind)]
+        total = sum(row[kind] for row in rows if row.get("module") is None)
+        if total:
+            named = [f"{row[kind]} in {row['module']}" for row in rows if row.get("module") is not None]
+            found.append(
+                _finding(
+                    severity,
+                    "memory errors",
+                    f"{total} {kind} since the driver was loaded" + (f": {', '.join(named[:4])}" if named else ""),
+                    "0",
+                    loss,
+                    "Reseat the module, and exchange it where the count grows.",
+                )
+            )
+    return found
 
 
-def _smt(numa: Mapping[str, Any]) -> list[dict[str, Any]]:
-    cpu = numa.get("cpu") or {}
-    if cpu.get("smt") is not False or platform_of(cpu.get("model")) is None:
+def _smt(host: Host) -> list[dict[str, Any]]:
+    cpu = host.numa.get("cpu") or {}
+    if cpu.get("smt") is not False or host.platform is None:
         return []
     return [
         _finding(
@@ -309,19 +396,100 @@ def _smt(numa: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tokens(gbs: float, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tokens/s that a read rate allows at each depth that the context has room for."""
-    weights = int(plan["model"]["read_per_token_bytes"])
-    kv_per_token = int(plan["kv_bytes"]) / (int(plan["context"]) * int(plan["slots"]))
-    depths = [depth for depth in DEPTHS if depth == 0 or depth < int(plan["context"])]
+def _governors(host: Host) -> list[dict[str, Any]]:
+    others = [row for row in host.condition.get("governors") or [] if row.get("governor") != "performance"]
+    if not others:
+        return []
+    words = ", ".join(f"{row['governor']} ({row.get('driver')}) on {row['cpus']} CPUs" for row in others)
     return [
-        {"depth": depth, "tokens_per_second": gbs * 1e9 / (weights + depth * kv_per_token)}
-        for depth in depths
-        if weights
+        _finding(
+            "advice",
+            "governor",
+            words,
+            "performance: the clock does not fall while a thread waits for memory",
+            "not measured here",
+            "memory_tuning_governor sets it, and site.yml does so by default.",
+        )
     ]
 
 
-def _dimm_roof(socket: int, slots: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _heat(host: Host) -> list[dict[str, Any]]:
+    hot = [
+        row
+        for row in host.condition.get("module_temperatures") or []
+        if row["celsius"] >= min(HOT_CELSIUS, row.get("critical") or HOT_CELSIUS)
+    ]
+    if not hot:
+        return []
+    words = ", ".join(f"{row['sensor']} {row['celsius']:.0f} C" for row in hot[:4])
+    return [
+        _finding(
+            "warning",
+            "memory temperature",
+            f"{len(hot)} module(s) at or above their limit: {words}",
+            f"below {min(row.get('critical') or HOT_CELSIUS for row in hot):.0f} C",
+            "up to 20% of the decode speed where modules throttle, by the published recipe",
+            "More air over the modules, or a fan of their own.",
+        )
+    ]
+
+
+def _disks(host: Host) -> list[dict[str, Any]]:
+    found = []
+    for disk in host.condition.get("disks") or []:
+        link = disk.get("link")
+        if link and link["gts"] * link["lanes"] < link["best_gts"] * link["best_lanes"]:
+            found.append(
+                _finding(
+                    "advice",
+                    f"disk {disk['name']}",
+                    f"a PCIe link of {link['gts']:g} GT/s x {link['lanes']}",
+                    f"{link['best_gts']:g} GT/s x {link['best_lanes']}, which the disk can",
+                    f"{1 - link['gts'] * link['lanes'] / (link['best_gts'] * link['best_lanes']):.0%} of the rate at "
+                    "which weights load, where the link is the limit; none in decode",
+                    "A slot with more lanes or a newer PCIe generation.",
+                )
+            )
+    rate = host.disk_read.get("gbs")
+    if rate and host.plan:
+        weights = host.plan["model"]["bytes"] * len(host.plan["instances"])
+        seconds = weights / (rate * 1e9)
+        timeout = host.plan["start_timeout_s"]
+        if seconds > min(SLOW_LOAD_S, timeout):
+            late = seconds > timeout
+            limit = f"{timeout / 60:.0f} min, the start timeout" if late else f"{SLOW_LOAD_S // 60} min"
+            found.append(
+                _finding(
+                    "warning" if late else "advice",
+                    "load time",
+                    f"{rate:.2f} GB/s from {host.disk_read['source']}: {seconds / 60:.0f} min for each start",
+                    f"at most {limit}",
+                    "the start, which is ended before it is done" if late else "none in decode",
+                    "Raise systemd_service_start_timeout_s, or use a faster disk." if late else "A faster disk.",
+                )
+            )
+    return found
+
+
+def _depths(plan: Mapping[str, Any]) -> list[int]:
+    """Return the depths that the context has room for."""
+    return [depth for depth in DEPTHS if depth < int(plan["context"])]
+
+
+def _tokens(gbs: float, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the tokens/s that a read rate allows at each depth: the weights and the KV cache are read for a token."""
+    weights = int(plan["model"]["read_per_token_bytes"]) if plan else 0
+    if not plan or not weights:
+        return []
+    kv_per_token = int(plan["kv_bytes"]) / (int(plan["context"]) * int(plan["slots"]))
+    return [
+        {"depth": depth, "tokens_per_second": gbs * 1e9 / (weights + depth * kv_per_token)} for depth in _depths(plan)
+    ]
+
+
+def _memory_roof(
+    socket: int, slots: Sequence[Mapping[str, Any]], plan: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
     used = [slot for slot in slots if slot.get("populated")]
     channels, mts = len(_channels(used)), _least(used, "configured_mts")
     if not channels or mts is None:
@@ -331,15 +499,37 @@ def _dimm_roof(socket: int, slots: Sequence[Mapping[str, Any]], plan: Mapping[st
     return [{"socket": socket, "name": name, "gbs": gbs, "hypothesis": False, "tokens": _tokens(gbs, plan)}]
 
 
-def _ccd_roof(socket: int, numa: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the roof of the links between CCDs and memory: only where the processor has CCDs with such links."""
-    platform = platform_of((numa.get("cpu") or {}).get("model"))
-    ccds = [group for group in numa.get("l3") or [] if group.get("socket") == socket]
-    if platform is None or platform.channels != 12 or not ccds:
-        return None
+def _link_roof(socket: int, host: Host) -> list[dict[str, Any]]:
+    """Return the roof of the links between CCDs and memory: only for the generation that the hypothesis comes from."""
+    ccds = [group for group in host.numa.get("l3") or [] if group.get("socket") == socket]
+    if host.platform is None or host.platform.name != LINKED or not ccds:
+        return []
     gbs = len(ccds) * CCD_LINK_GBS
     name = f"{len(ccds)} CCDs x {CCD_LINK_GBS:.0f} GB/s"
-    return {"socket": socket, "name": name, "gbs": gbs, "hypothesis": True, "tokens": _tokens(gbs, plan)}
+    return [{"socket": socket, "name": name, "gbs": gbs, "hypothesis": True, "tokens": _tokens(gbs, host.plan)}]
+
+
+def _attention_roof(socket: int, host: Host) -> list[dict[str, Any]]:
+    """Return the roof of attention's arithmetic over the context, in F32 at the highest clock.
+
+    A hypothesis: an engine may compute a part of it in 8-bit integers, and no processor holds that clock on all cores.
+    """
+    cores = [row["physical_cores"] for row in host.numa.get("sockets") or [] if row["socket"] == socket]
+    clocks = {
+        row.get("maximum_mhz")
+        for row in host.dimm.get("processors") or []
+        if row.get("populated") and row.get("socket") in (socket, None)
+    } - {None, 0}
+    if host.platform is None or host.plan is None or not cores or len(clocks) != 1:
+        return []
+    gigahertz = clocks.pop() / 1000
+    flops = cores[0] * host.platform.flops_per_cycle * gigahertz * 1e9
+    each = int(host.plan["model"]["attention_flops_per_context_token"])
+    tokens = [
+        {"depth": depth, "tokens_per_second": flops / (depth * each)} for depth in _depths(host.plan) if depth and each
+    ]
+    name = f"attention in F32, {cores[0]} cores x {host.platform.flops_per_cycle} operations x {gigahertz:.2f} GHz"
+    return [{"socket": socket, "name": name, "gbs": None, "hypothesis": True, "tokens": tokens}] if tokens else []
 
 
 def _links(roof: Mapping[str, Any], roofs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

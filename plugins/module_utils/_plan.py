@@ -79,6 +79,9 @@ START_SLACK_S = 300
 # Per-node `hugepages=` came with this kernel.
 PER_NODE_KERNEL = (5, 16)
 STRUCT_PAGE_SHARE = 64
+# The kernel describes a page of 1 GiB in 16 MiB, and with hugetlb_free_vmemmap=on keeps 4 KiB of them
+# (Documentation/mm/vmemmap_dedup.rst).
+VMEMMAP_BYTES_PER_PAGE = 16 * MIB - 4 * KIB
 MAX_SLOTS = 256
 
 
@@ -266,6 +269,19 @@ def kv_bytes_per_token(model: Model, cache_type_k: str, cache_type_v: str) -> in
     if model.indexer_key_length:
         row += row_bytes(cache_type_k, model.indexer_key_length)
     return model.layers * row
+
+
+def attention_flops_per_context_token(model: Model) -> int:
+    """Return the floating-point operations that a token of context costs each generated token, all layers.
+
+    For each head a dot product of the query with a key, and a value added to the sum: two operations for each element.
+    With MLA in its absorbed form keys are kv_lora_rank + rope_dims wide and values kv_lora_rank.
+    """
+    if model.mla:
+        key, value = model.kv_lora_rank + model.rope_dims, model.kv_lora_rank
+    else:
+        key, value = model.key_length, model.value_length
+    return model.layers * model.heads * 2 * (key + value)
 
 
 def padded(context: int) -> int:
@@ -606,6 +622,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
             "source": source_to_data(manifest.source),
             "architecture": model.architecture,
             "read_per_token_bytes": sum(part.read_per_token for part in model.parts),
+            "attention_flops_per_context_token": attention_flops_per_context_token(model),
         },
         "isa": isa,
         "weights": overrides.weights,
@@ -635,6 +652,8 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
             "bytes": room.socket.memory_bytes,
             "weights_bytes": room.weights,
             "reserve_bytes": room.reserve,
+            "struct_pages_bytes": room.socket.memory_bytes // STRUCT_PAGE_SHARE,
+            "vmemmap_bytes": VMEMMAP_BYTES_PER_PAGE * copy_pages,
             "kv_bytes": kv * servers,
             "compute_bytes": buffers * servers,
             "left_bytes": room.left - servers * (kv + buffers),
@@ -687,6 +706,17 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
             "upper estimate for a prefill step of 512 tokens with flash attention, with the server's own 0.25 GiB",
         ),
         ("system_reserve_bytes", gib(reserve), reserve_reason),
+        (
+            "struct_pages",
+            gib(machine.memory_bytes // STRUCT_PAGE_SHARE),
+            "64 bytes for each 4 KiB, in the reserve"
+            + (
+                f"; hugetlb_free_vmemmap=on gives back {gib(VMEMMAP_BYTES_PER_PAGE * plan['pages']['total'])} of them, "
+                "on which the plan does not count"
+                if paged
+                else ""
+            ),
+        ),
         (
             "servers_at_once",
             servers,

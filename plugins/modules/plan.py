@@ -114,8 +114,8 @@ ansible_facts:
           returned: success
         model:
           description:
-            - C(name), C(bytes), C(architecture), C(source) as in the lock, C(read_per_token_bytes), and C(shards) with
-              C(file), C(bytes), C(sha256) and C(pages).
+            - C(name), C(bytes), C(architecture), C(source) as in the lock, C(read_per_token_bytes),
+              C(attention_flops_per_context_token), and C(shards) with C(file), C(bytes), C(sha256) and C(pages).
           type: dict
           returned: success
         isa:
@@ -206,26 +206,9 @@ ansible_facts:
           elements: dict
           returned: success
         memory:
-          description: Where the memory of each serving socket goes, in bytes.
-          type: list
-          elements: dict
-          returned: success
-    cpullm_judgement:
-      description: What holds the machine back. It informs, and no number of the plan depends on it.
-      type: dict
-      returned: success
-      contains:
-        findings:
           description:
-            - What costs speed or safety, with C(severity), C(name), C(found), C(expected), C(loss) and C(way_out).
-            - Severity V(unknown) is what could not be judged.
-          type: list
-          elements: dict
-          returned: success
-        roofs:
-          description:
-            - Read rates that limit decoding, with C(socket), C(name), C(gbs) (10^9 bytes/s), C(hypothesis), and in
-              C(tokens) the C(tokens_per_second) at each C(depth) of context.
+            - Where the memory of each serving socket goes, in bytes. C(struct_pages_bytes) are a part of
+              C(reserve_bytes), and C(vmemmap_bytes) are what hugetlb_free_vmemmap=on would give back of them.
           type: list
           elements: dict
           returned: success

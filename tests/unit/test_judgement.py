@@ -13,7 +13,7 @@ import pytest
 from ansible.errors import AnsibleFilterError
 from ansible_collections.cpullm.epyc.plugins.filter.judgement_table import FilterModule, judgement_table
 from ansible_collections.cpullm.epyc.plugins.module_utils import _numa, _smbios
-from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import judge, platform_of
+from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import Host, judge, platform_of
 from ansible_collections.cpullm.epyc.plugins.module_utils._plan import GIB, Overrides, make_plan
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,10 +60,10 @@ def numa(name: str = "AMD EPYC 9135 16-Core Processor", sockets: int = 1, ccds: 
     return facts
 
 
-def judged(facts: Facts, dimm: Facts, hugepages: Facts | None = None) -> Facts:
+def judged(facts: Facts, dimm: Facts, hugepages: Facts | None = None, **others: Facts) -> Facts:
     """Return the judgement of DeepSeek-R1 on a machine."""
     plan = make_plan(facts, manifest(R1, 16), Overrides(context=32768))
-    result = judge(facts, dimm, hugepages or {"poisoned_bytes": 0}, plan)
+    result = judge(Host(facts, plan, dimm, hugepages or {"poisoned_bytes": 0}, **others))
     json.dumps(result)
     return result
 
@@ -138,7 +138,8 @@ def test_an_empty_channel_is_named_with_its_share() -> None:
     finding = only(judged(numa(), without(board(), "DIMM_P0_L0")))
     assert finding["severity"] == "warning"
     assert finding["found"] == "11 of 12 channels populated, empty: DIMM_P0_L0"
-    assert finding["loss"].startswith("8% of the memory's read rate")
+    # 11 channels at 6000 MT/s are 528 GB/s, and a token reads 39.23 GB.
+    assert finding["loss"].startswith("up to 1.2 tokens/s: 8% of the memory's read rate")
 
 
 def test_a_board_that_shows_fewer_slots_than_the_processor_has_channels() -> None:
@@ -157,13 +158,13 @@ def test_a_slower_setting_is_named_with_the_speed_that_the_processor_takes() -> 
     finding = only(judged(numa(), board(rated=6400, configured=4800)))
     assert finding["found"] == "4800 MT/s configured, modules rated for 6400 MT/s"
     assert finding["expected"] == "6000 MT/s, which EPYC 9005 takes"
-    assert finding["loss"].startswith("20%")
+    assert finding["loss"].startswith("up to 2.9 tokens/s: 20%")
 
 
 def test_slower_modules_than_the_processor_takes_are_advice() -> None:
     finding = only(judged(numa(), board(rated=5600, configured=5600)))
     assert (finding["severity"], finding["found"]) == ("advice", "modules rated for 5600 MT/s")
-    assert finding["loss"].startswith("7%")
+    assert finding["loss"].startswith("up to 1.0 tokens/s: 7%")
 
 
 def test_faster_modules_than_the_processor_takes_cost_nothing() -> None:
@@ -198,6 +199,164 @@ def test_modules_without_ecc_and_lost_memory_are_warnings() -> None:
     text = json.dumps(result["findings"])
     assert "DIMM_P0_F0" in text
     assert "4096 bytes out of use" in text
+
+
+def test_modules_raised_beyond_their_rating_cost_nothing() -> None:
+    assert judged(numa(), board(rated=5600, configured=6000))["findings"] == []
+
+
+def test_attention_is_a_roof_where_the_clock_is_known() -> None:
+    dimm = {**board(), "processors": [{"populated": True, "socket": 0, "maximum_mhz": 4300}]}
+    attention = judged(numa(), dimm)["roofs"][-1]
+    assert attention["name"] == "attention in F32, 16 cores x 64 operations x 4.30 GHz"
+    assert (attention["gbs"], attention["hypothesis"]) == (None, True)
+    # 61 layers x 128 heads x 2 x (512 + 64 + 512) are 17.0 MFLOP for each token of context.
+    assert {row["depth"]: row["tokens_per_second"] for row in attention["tokens"]} == pytest.approx(
+        {depth: 16 * 64 * 4.3e9 / (depth * 16_990_208) for depth in (4096, 16384)}
+    )
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        pytest.param([], id="none"),
+        pytest.param([{"populated": True, "socket": 0, "maximum_mhz": None}], id="unknown-clock"),
+        pytest.param([{"populated": False, "socket": 0, "maximum_mhz": 4300}], id="empty-socket"),
+        pytest.param([{"populated": True, "socket": 1, "maximum_mhz": 4300}], id="the-other-socket"),
+    ],
+)
+def test_attention_is_no_roof_where_the_clock_is_not_known(processors: list[Facts]) -> None:
+    assert all(roof["gbs"] for roof in judged(numa(), {**board(), "processors": processors})["roofs"])
+
+
+def test_a_measured_rate_stands_beside_the_roofs() -> None:
+    rows = [{"socket": 0, "gbs": 281.0, "gbs_min": 280.0, "gbs_max": 282.0}]
+    (measured,) = judged(numa(), board(), bandwidth={"available": True, "sockets": rows})["measured"]
+    assert (measured["socket"], measured["gbs"]) == (0, 281.0)
+    # What the published machine reached.
+    assert measured["tokens"][0]["tokens_per_second"] == pytest.approx(7.17, abs=0.02)
+
+
+ERRORS = [
+    {"controller": "mc0", "module": None, "corrected": 12, "uncorrected": 1},
+    {"controller": "mc0", "module": "P0_DIMMC0", "corrected": 12, "uncorrected": 0},
+    {"controller": "mc0", "module": "P0_DIMMD0", "corrected": 0, "uncorrected": 1},
+]
+LINK = {"gts": 8.0, "lanes": 4, "best_gts": 16.0, "best_lanes": 4}
+DISK = {"name": "nvme0n1", "model": "X", "rotational": False, "link": LINK}
+
+
+@pytest.mark.parametrize(
+    ("others", "severity", "name", "found", "loss"),
+    [
+        pytest.param(
+            {"condition": {"memory_errors": [*ERRORS[:2], {**ERRORS[0], "corrected": 0, "uncorrected": 0}]}},
+            "warning",
+            "memory errors",
+            "1 uncorrected since the driver was loaded",
+            "the page that holds such a byte",
+            id="uncorrected",
+        ),
+        pytest.param(
+            {"condition": {"memory_errors": [{**ERRORS[0], "uncorrected": 0}, ERRORS[1]]}},
+            "advice",
+            "memory errors",
+            "12 corrected since the driver was loaded: 12 in P0_DIMMC0",
+            "none yet",
+            id="corrected",
+        ),
+        pytest.param(
+            {
+                "condition": {
+                    "governors": [
+                        {"governor": "performance", "driver": "acpi-cpufreq", "cpus": 31},
+                        {"governor": "schedutil", "driver": "acpi-cpufreq", "cpus": 1},
+                    ]
+                }
+            },
+            "advice",
+            "governor",
+            "schedutil (acpi-cpufreq) on 1 CPUs",
+            "not measured here",
+            id="governor",
+        ),
+        pytest.param(
+            {
+                "condition": {
+                    "module_temperatures": [
+                        {"sensor": "spd5118 1-0050", "celsius": 84.75, "critical": 85.0},
+                        {"sensor": "spd5118 1-0051", "celsius": 85.0, "critical": None},
+                    ]
+                }
+            },
+            "warning",
+            "memory temperature",
+            "1 module(s) at or above their limit: spd5118 1-0051 85 C",
+            "up to 20%",
+            id="hot",
+        ),
+        pytest.param(
+            {"condition": {"module_temperatures": [{"sensor": "jc42 0-0018", "celsius": 70.0, "critical": 70.0}]}},
+            "warning",
+            "memory temperature",
+            "1 module(s) at or above their limit: jc42 0-0018 70 C",
+            "up to 20%",
+            id="at-the-sensor-s-limit",
+        ),
+        pytest.param(
+            {"condition": {"disks": [DISK]}},
+            "advice",
+            "disk nvme0n1",
+            "a PCIe link of 8 GT/s x 4",
+            "50% of the rate at which weights load",
+            id="link",
+        ),
+        pytest.param(
+            {"disk_read": {"available": True, "gbs": 1.0, "source": "/dev/sda"}},
+            "advice",
+            "load time",
+            "1.00 GB/s from /dev/sda: 12 min for each start",
+            "none in decode",
+            id="slow-disk",
+        ),
+        pytest.param(
+            {"disk_read": {"available": True, "gbs": 0.2, "source": "/dev/sda"}},
+            "warning",
+            "load time",
+            "0.20 GB/s from /dev/sda: 59 min for each start",
+            "the start, which is ended before it is done",
+            id="slower-than-the-timeout",
+        ),
+    ],
+)
+def test_what_changes_while_the_host_runs(others: Facts, severity: str, name: str, found: str, loss: str) -> None:
+    finding = next(row for row in judged(numa(), board(), **others)["findings"])
+    assert (finding["severity"], finding["name"]) == (severity, name)
+    assert finding["found"].startswith(found)
+    assert finding["loss"].startswith(loss)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({"condition": {"memory_errors": [{**ERRORS[0], "corrected": 0, "uncorrected": 0}]}}, id="errors"),
+        pytest.param({"condition": {"disks": [{**DISK, "link": None}]}}, id="no-link"),
+        pytest.param({"condition": {"disks": [{**DISK, "link": {**LINK, "gts": 16.0}}]}}, id="full-link"),
+        pytest.param({"disk_read": {"available": True, "gbs": 6.0, "source": "x"}}, id="fast-disk"),
+        pytest.param({"disk_read": {"available": False, "gbs": None, "reason": "no shard"}}, id="no-rate"),
+    ],
+)
+def test_what_is_well_is_not_a_finding(others: Facts) -> None:
+    assert judged(numa(), board(), **others)["findings"] == []
+
+
+def test_a_refused_host_is_judged_without_tokens() -> None:
+    result = judge(Host(numa(sockets=2), None, without(board(sockets=2), "DIMM_P1_C0")))
+    finding = only(result)
+    assert finding["name"] == "socket 1, memory"
+    assert finding["loss"].startswith("8% of the memory's read rate")
+    assert [roof["tokens"] for roof in result["roofs"]] == [[]] * 4
+    assert "socket 0: 12 channels x 8 bytes x 6000 MT/s = 576 GB/s" in " ".join(judgement_table(result))
 
 
 def test_a_single_thread_per_core_is_advice() -> None:
@@ -265,7 +424,7 @@ def test_the_lab_s_vm_runs_its_modules_below_their_rating() -> None:
     root = str(FIXTURES / "lab-vm-bookworm")
     facts, dimm = _numa.gather(root), _smbios.gather(root)
     plan = make_plan(facts, manifest(TINY, 3), Overrides(weights="mmap"))
-    result = judge(facts, dimm, {"poisoned_bytes": 0}, plan)
+    result = judge(Host(facts, plan, dimm, {"poisoned_bytes": 0}))
     assert [finding["name"] for finding in result["findings"]] == ["socket 0, memory", "socket 1, memory"]
     assert {finding["found"] for finding in result["findings"]} == {"4800 MT/s configured, modules rated for 5600 MT/s"}
     assert [roof["name"] for roof in result["roofs"]] == ["6 channels x 8 bytes x 4800 MT/s"] * 2

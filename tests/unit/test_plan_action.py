@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ansible.errors import AnsibleActionFail, AnsibleFilterError
 from ansible.parsing.dataloader import DataLoader
+from ansible_collections.cpullm.epyc.plugins.action import judgement as judgement_action
 from ansible_collections.cpullm.epyc.plugins.action import model_manifest as manifest_action
 from ansible_collections.cpullm.epyc.plugins.action import plan as plan_action
 from ansible_collections.cpullm.epyc.plugins.filter.plan_table import FilterModule, plan_table
@@ -49,6 +50,23 @@ def test_the_plan_is_a_fact(check: bool, lock: str) -> None:
     assert result["changed"] is False
     assert plan["kernel_arguments"][2] == "hugepages=0:3,1:3"
     assert json.loads(json.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_the_judgement_is_a_fact(check: bool, lock: str) -> None:
+    plan = run(plan_action, {"lock": lock}, {"cpullm_numa": VM}, check)["ansible_facts"]
+    result = run(judgement_action, {}, {"cpullm_numa": VM, **plan}, check)
+    (finding,) = result["ansible_facts"]["cpullm_judgement"]["findings"]
+    assert result["changed"] is False
+    assert (finding["severity"], finding["name"]) == ("unknown", "memory slots")
+
+
+@pytest.mark.parametrize("facts", [{}, {"cpullm_numa": {"readable": False, "reason": "no /proc"}}])
+def test_nothing_is_judged_without_a_topology(facts: dict[str, Any]) -> None:
+    with pytest.raises(
+        AnsibleActionFail, match="host1: ansible_facts\\['cpullm_numa'\\]: found none that could be read"
+    ):
+        run(judgement_action, {}, facts)
 
 
 def test_values_arrive_as_text(lock: str) -> None:

@@ -44,6 +44,10 @@ class Machine:
     offline: tuple[int, ...] = ()
     old_names: bool = False
     model: str = "AMD EPYC 9135 16-Core Processor"
+    flags: tuple[str, ...] = (
+        *("fpu", "vme", "pdpe1gb", "avx", "avx2"),
+        *("avx512f", "avx512_vnni", "avx512_bf16", "fma", "f16c"),
+    )
 
     @property
     def present(self) -> range:
@@ -188,7 +192,7 @@ def cpuinfo(machine: Machine) -> str:
     block = (
         "processor\t: {cpu}\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n"
         f"model name\t: {machine.model}\nstepping\t: 1\ncpu MHz\t\t: 2450.000\n"
-        "flags\t\t: fpu vme pdpe1gb avx avx2 avx512f avx512_vnni avx512_bf16 fma f16c\nbugs\t\t: sysret_ss_attrs\n\n"
+        f"flags\t\t: {' '.join(machine.flags)}\nbugs\t\t: sysret_ss_attrs\n\n"
     )
     return "".join(block.format(cpu=cpu) for cpu in machine.online)
 
