@@ -548,9 +548,10 @@ def check_shards(shards: Sequence[tuple[str, Header]]) -> None:
                     f"{file}: the tensor {tensor.name!r} has the type {tensor.type}, which crashes llama.cpp; "
                     "use a file from a current converter"
                 )
-    stated = shards[0][1].integer("split.tensors.count")
-    if stated is not None and stated != len(names):
-        raise ValueError(f"{shards[0][0]}: split.tensors.count is {stated}, but the shards hold {len(names)} tensors")
+    for file, header in shards:
+        stated = header.integer("split.tensors.count")
+        if stated is not None and stated != len(names):
+            raise ValueError(f"{file}: split.tensors.count is {stated}, but the shards hold {len(names)} tensors")
     if not names:
         raise ValueError(f"{shards[0][0]}: the model has no tensor")
 

@@ -359,6 +359,7 @@ def with_tensor(name: str, kind: str) -> list[tuple[str, Header]]:
         pytest.param(edit(1, split__count=4), "m-2.gguf: split.count is 4", id="count"),
         pytest.param(edit(1, split__no=None), "m-2.gguf: split.no is missing", id="number"),
         pytest.param(edit(0, split__tensors__count=9), "split.tensors.count is 9, but the shards hold", id="tensors"),
+        pytest.param(edit(2, split__tensors__count=9), "m-3.gguf: split.tensors.count is 9", id="tensors-of-another"),
         pytest.param(edit(0, general__architecture=None), "general.architecture is missing", id="architecture"),
         pytest.param(edit(0, deepseek2__block_count=0), "block_count is missing or 0", id="layers"),
         pytest.param(edit(0, deepseek2__block_count=-1), "block_count is -1, expected 0 to", id="negative"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +208,98 @@ def test_choose_the_shards_of_a_folder_in_order() -> None:
         pytest.param([*series("a", 2, 1, 2), *series("a", 3, 1)], None, "shards of 2 and of 3", id="counts"),
         pytest.param(series("a", 2, 1, 2, 3), None, "a: of 2 shards [3] beyond the count", id="beyond"),
         pytest.param(series("a", 99999, 1), None, "found 1 shards, expected 99999", id="huge-count"),
+        pytest.param(series("a", 0, 1), None, "a: of 0 shards [1] beyond the count", id="zero-count"),
+        pytest.param(series("a", 2, 0, 1, 2), None, "a: of 2 shards [0] beyond the count", id="zero-number"),
     ],
 )
 def test_no_choice(given_files: list[Candidate], pattern: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         _manifest.choose_shards(given_files, pattern)
     assert message in str(caught.value)
+
+
+def renamed(numbers: dict[int, int], count: int) -> Any:
+    """Return a change that keeps these of three shards, old number to new, under names of ``count``."""
+
+    def change(folder: Path) -> None:
+        shards = {number: folder / f"tiny-{number:05d}-of-00003.gguf" for number in (1, 2, 3)}
+        data = {number: path.read_bytes() for number, path in shards.items()}
+        for path in shards.values():
+            path.unlink()
+        for old, new in numbers.items():
+            (folder / f"tiny-{new:05d}-of-{count:05d}.gguf").write_bytes(data[old])
+
+    return change
+
+
+def other_shard(folder: Path) -> None:
+    """Put the last shard of a model with one more layer in the place of this one's."""
+    other = dataclasses.replace(TINY, layers=4)
+    (folder / "other").mkdir()
+    *_rest, last = gguf_file.write_model(folder / "other", "tiny", other.pairs(), other.tensors(), 3)
+    last.replace(folder / last.name)
+
+
+def wide_router(folder: Path) -> None:
+    """Write the model again with a router in F64."""
+    tensors = [
+        dataclasses.replace(tensor, type="F64") if tensor.name == "blk.2.ffn_gate_inp.weight" else tensor
+        for tensor in TINY.tensors()
+    ]
+    gguf_file.write_model(folder, "tiny", TINY.pairs(), tensors, 3)
+
+
+def absurd_count(folder: Path) -> None:
+    """Make the second shard claim 2**40 tensors."""
+    with (folder / "tiny-00002-of-00003.gguf").open("r+b") as stream:
+        stream.seek(8)
+        stream.write((1 << 40).to_bytes(8, "little"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            renamed({1: 1, 2: 2}, 2),
+            "tiny-00001-of-00002.gguf: split.count is 3, but the model has 2 shard(s)",
+            id="count-in-names",
+        ),
+        pytest.param(
+            renamed({1: 1}, 1),
+            "tiny-00001-of-00001.gguf: split.count is 3, but the model has 1 shard(s)",
+            id="first-alone",
+        ),
+        pytest.param(
+            renamed({1: 2, 2: 1, 3: 3}, 3),
+            "tiny-00001-of-00003.gguf: split.no is 1, expected 0 from its name",
+            id="swapped",
+        ),
+        pytest.param(renamed({1: 1, 2: 2}, 3), "tiny: of 3 shards [3] missing", id="missing"),
+        pytest.param(
+            lambda folder: shutil.copy(folder / "tiny-00001-of-00003.gguf", folder / "tiny-00002-of-00003.gguf"),
+            "tiny-00002-of-00003.gguf: split.no is 0, as in tiny-00001-of-00003.gguf",
+            id="duplicate",
+        ),
+        pytest.param(other_shard, "split.tensors.count is", id="shard-of-another-model"),
+        pytest.param(
+            wide_router,
+            "the tensor 'blk.2.ffn_gate_inp.weight' has the type F64, which crashes llama.cpp",
+            id="f64-router",
+        ),
+        pytest.param(
+            absurd_count,
+            "tiny-00002-of-00003.gguf: offset 8: the header claims 1099511627776 tensors, at most 65536 are accepted",
+            id="absurd-count",
+        ),
+    ],
+)
+def test_files_that_contradict_their_headers(change: Any, message: str, folder: Path) -> None:
+    change(folder)
+    told: list[Any] = []
+    with pytest.raises(ValueError, match=r".") as caught:
+        _manifest.manifest_of_directory(str(folder), None, None, lambda *step: told.append(step))
+    assert message in str(caught.value)
+    assert told == []
 
 
 def test_a_broken_model_is_refused_before_it_is_hashed(folder: Path) -> None:
