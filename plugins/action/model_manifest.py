@@ -18,6 +18,7 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._manifest import (
     manifest_of_directory,
     manifest_to_data,
 )
+from ansible_collections.cpullm.epyc.plugins.module_utils._plan import MLA_WAY_OUT, missing_mla
 from ansible_collections.cpullm.epyc.plugins.module_utils._progress import Status
 from ansible_collections.cpullm.epyc.plugins.plugin_utils._reporter import Reporter
 
@@ -81,6 +82,9 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
             raise AnsibleActionFail(f"{args['repo'] or args['directory']}: {error}") from error
         text = lock_text(manifest)
         result.update(changed=False, manifest=manifest_to_data(manifest))
+        # The types of cache that a plan takes by default.
+        if missing := missing_mla(manifest.model, "q8_0", "f16"):
+            result["warnings"] = [f"{manifest.name}: {missing}. {MLA_WAY_OUT} The plan shows the context that remains."]
         if args["dest"]:
             result.update(self._write(Path(self._loader.path_dwim(args["dest"])), text))
         return result

@@ -8,6 +8,7 @@ changes, so that the plan before equals the plan after; nothing measured enters 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -83,6 +84,7 @@ STRUCT_PAGE_SHARE = 64
 # (Documentation/mm/vmemmap_dedup.rst).
 VMEMMAP_BYTES_PER_PAGE = 16 * MIB - 4 * KIB
 MAX_SLOTS = 256
+MLA_WAY_OUT = "Take a conversion from after April 2025, or convert anew with the pinned llama.cpp."
 
 
 class Refusal(ValueError):
@@ -488,21 +490,30 @@ def _choose_context(model: Model, rooms: Sequence[_Room], overrides: Overrides, 
     return fits, f"the largest that fits: {where}"
 
 
+def missing_mla(model: Model, cache_k: str, cache_v: str) -> str | None:
+    """Return what a GGUF without MLA tensors costs, or None where they are there or the architecture has no MLA."""
+    if model.mla or not model.kv_lora_rank:
+        return None
+    now = kv_bytes_per_token(model, cache_k, cache_v)
+    with_mla = kv_bytes_per_token(dataclasses.replace(model, mla=True), cache_k, cache_k)
+    return (
+        f"a GGUF without attn_k_b and attn_v_b: {now} bytes of KV cache for each token of context, "
+        f"{now / with_mla:.0f} times the {with_mla} with MLA"
+    )
+
+
 def _findings(
     model: Model, sockets: Sequence[Socket], cache_k: str, cache_v: str, context: int
 ) -> list[dict[str, str]]:
     found = []
-    if model.kv_lora_rank and not model.mla:
-        now = kv_bytes_per_token(model, cache_k, cache_v)
-        with_mla = model.layers * row_bytes(cache_k, model.kv_lora_rank + model.rope_dims)
+    if missing := missing_mla(model, cache_k, cache_v):
         found.append(
             {
                 "severity": "warning",
                 "name": "gguf.mla",
-                "found": f"a GGUF without attn_k_b and attn_v_b: {now} bytes of KV cache for each token of context, "
-                f"{now / with_mla:.0f} times the {with_mla} with MLA; {context} tokens remain",
+                "found": f"{missing}; {context} tokens remain",
                 "expected": "a GGUF with MLA tensors",
-                "way_out": "Take a conversion from after April 2025, or convert anew with the pinned llama.cpp.",
+                "way_out": MLA_WAY_OUT,
             }
         )
     found.extend(

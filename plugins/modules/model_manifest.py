@@ -16,6 +16,7 @@ description:
   - Runs on the controller. The certificate of the hub is verified.
   - Fails for a model that is not whole or that the engine cannot load, such as a missing or doubled shard, a split
     count that differs, a truncated file, overlapping tensors, or tensors of a type that crashes llama.cpp.
+  - Warns of a GGUF without MLA tensors of an architecture that has them, with what that costs.
 options:
   repo:
     description: Repository on the hub, as C(organisation/name).

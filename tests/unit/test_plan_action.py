@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_a_lock_is_written_once_and_whole(folder: Path, tmp_path: Path) -> None:
     assert run(manifest_action, args)["changed"] is False
     assert dest.stat().st_ino == inode
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("mla", [False, True])
+def test_missing_mla_tensors_are_warned_of(mla: bool, tmp_path: Path) -> None:
+    model = dataclasses.replace(TINY, mla=mla)
+    gguf_file.write_model(tmp_path, "tiny", model.pairs(), model.tensors(), 1)
+    # 3 layers of 4 heads: 4 x 64 values in q8_0 and 4 x 32 in F16; with MLA 64 + 32 values in q8_0.
+    cost = (
+        "tiny: a GGUF without attn_k_b and attn_v_b: 1584 bytes of KV cache for each token of context, 5 times the 306"
+    )
+    warnings = run(manifest_action, {"directory": str(tmp_path)}).get("warnings", [])
+    assert [warning.startswith(cost) and "The plan shows" in warning for warning in warnings] == [True] * (not mla)
 
 
 def test_a_lock_from_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
