@@ -20,11 +20,13 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._manifest import (
 )
 from ansible_collections.cpullm.epyc.plugins.module_utils._plan import MLA_WAY_OUT, missing_mla
 from ansible_collections.cpullm.epyc.plugins.module_utils._progress import Status
+from ansible_collections.cpullm.epyc.plugins.plugin_utils._catalog import find_model, read_catalog
 from ansible_collections.cpullm.epyc.plugins.plugin_utils._reporter import Reporter
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
 ARGUMENT_SPEC = {
+    "model": {"type": "str"},
     "repo": {"type": "str"},
     "revision": {"type": "str", "default": "main"},
     "endpoint": {"type": "str"},
@@ -73,13 +75,19 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         _dummy, args = self.validate_argument_spec(
             argument_spec=ARGUMENT_SPEC,
-            mutually_exclusive=[("repo", "directory")],
-            required_one_of=[("repo", "directory")],
+            mutually_exclusive=[("model", "repo", "directory"), ("model", "pattern")],
+            required_one_of=[("model", "repo", "directory")],
         )
+        asked, way_out = args["repo"] or args["directory"], ""
         try:
+            if args["model"] is not None:
+                known = find_model(args["model"], read_catalog())
+                args.update(repo=known.repo, pattern=known.pattern, name=args["name"] or known.name)
+                asked = f"{known.name}, {known.repo}"
+                way_out = " (from the catalog; give lock_repo and lock_pattern if the upload moved)"
             manifest = self._resolve(args, str((task_vars or {}).get("inventory_hostname", "localhost")))
         except (HubError, ValueError, OSError) as error:
-            raise AnsibleActionFail(f"{args['repo'] or args['directory']}: {error}") from error
+            raise AnsibleActionFail(f"{asked}: {error}{way_out}" if asked else str(error)) from error
         text = lock_text(manifest)
         result.update(changed=False, manifest=manifest_to_data(manifest))
         # The types of cache that a plan takes by default.

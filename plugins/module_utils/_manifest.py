@@ -40,7 +40,7 @@ _HASH_BLOCK = 8 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+@=,()-]{0,250}\.gguf")
-_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?")
@@ -142,7 +142,7 @@ def _parse_source(data: Mapping[str, Any]) -> HubSource | DirectorySource:
         prefix = str(data.get("prefix", ""))
         return HubSource(
             endpoint=_matching(data, "endpoint", _ENDPOINT, "an http or https address", where).rstrip("/"),
-            repo=_matching(data, "repo", _REPO, "organisation/name", where),
+            repo=_matching(data, "repo", REPO, "organisation/name", where),
             commit=_matching(data, "commit", _COMMIT, "40 hexadecimal digits", where),
             prefix=check_prefix(prefix),
         )

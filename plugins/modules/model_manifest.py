@@ -18,6 +18,10 @@ description:
     count that differs, a truncated file, overlapping tensors, or tensors of a type that crashes llama.cpp.
   - Warns of a GGUF without MLA tensors of an architecture that has them, with what that costs.
 options:
+  model:
+    description:
+      - Name in the collection's catalog, which stands for O(repo) and O(pattern). C(playbooks/models.yml) lists it.
+    type: str
   repo:
     description: Repository on the hub, as C(organisation/name).
     type: str
@@ -42,7 +46,7 @@ options:
         one model must match.
     type: str
   name:
-    description: Name of the model. By default that of its files, without number and extension.
+    description: Name of the model. By default O(model), else that of its files, without number and extension.
     type: str
   dest:
     description: Lock file on the controller to write.
@@ -67,6 +71,11 @@ author:
 """
 
 EXAMPLES = r"""
+- name: Pin a known model
+  cpullm.epyc.model_manifest:
+    model: deepseek-r1-0528-q8_0
+    dest: "{{ inventory_dir }}/locks/r1.json"
+
 - name: Pin a model of the hub
   cpullm.epyc.model_manifest:
     repo: example/DeepSeek-R1-GGUF

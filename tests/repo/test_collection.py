@@ -77,6 +77,19 @@ def test_the_site_playbook_is_found_in_the_installed_collection(installed, tmp_p
     assert done.returncode == 0, done.stderr
 
 
+def test_the_installed_collection_lists_its_models(installed, tmp_path):
+    done = subprocess.run(
+        ["ansible-playbook", "cpullm.epyc.models", "-e", "models_like=deepseek-r1-q8_0"],
+        cwd=tmp_path,
+        env=installed,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "unsloth/DeepSeek-R1-GGUF DeepSeek-R1-Q8_0/*.gguf" in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["module", "filter", "callback"])
 def test_every_plugin_has_documentation(kind, installed, tmp_path):
     done = subprocess.run(

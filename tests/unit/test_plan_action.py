@@ -181,8 +181,11 @@ def test_a_lock_from_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, "one of the following is required: repo, directory"),
+        ({}, "one of the following is required: model, repo, directory"),
         ({"repo": "a/b", "directory": "/x"}, "mutually exclusive"),
+        ({"repo": "a/b", "model": "deepseek-r1-q8_0"}, "mutually exclusive: model|repo|directory"),
+        ({"pattern": "*", "model": "deepseek-r1-q8_0"}, "mutually exclusive: model|pattern"),
+        ({"model": "deepseek-r1"}, "model: found 'deepseek-r1', expected a name such as deepseek-r1-q8_0"),
         ({"directory": "/nonexistent"}, "/nonexistent: .*No such file"),
     ],
 )
