@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
-import platform
 import re
-import shlex
 import socket
 import statistics
 import subprocess
@@ -30,12 +26,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-CLONE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CLONE))
-
-from lab import pages as lab_pages  # noqa: E402  (the clone is not installed)
+from bench import record
+from lab import pages as lab_pages
 
 GIB = 1 << 30
 OWNER = "load-anonymous"
@@ -112,25 +105,11 @@ def load_seconds(engine: Path, model: Path, way: Way) -> float:
         raise RuntimeError(f"{way.name}: the server ended\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
 
 
-def machine() -> dict[str, Any]:
-    """Return what the results depend on."""
-    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": cpu[1] if cpu else "unknown",
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / GIB, 1),
-        "kernel": platform.release(),
-    }
-
-
 def summarise(size: int, seconds: dict[str, list[float]]) -> dict[str, float]:
     """Return median, least and largest rate in GiB/s, and the median of the seconds, for each way."""
     figures = {"model_gib": round(size / GIB, 3)}
     for name, values in seconds.items():
-        figures[f"{name}_gib_per_s"] = round(size / GIB / statistics.median(values), 3)
-        figures[f"{name}_gib_per_s_min"] = round(size / GIB / max(values), 3)
-        figures[f"{name}_gib_per_s_max"] = round(size / GIB / min(values), 3)
+        figures |= record.spread(f"{name}_gib_per_s", [size / GIB / value for value in values])
         figures[f"{name}_s"] = round(statistics.median(values), 3)
     return figures
 
@@ -142,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="first shard")
     parser.add_argument("--runs", type=int, default=5, help="runs of each way")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 4, 8], help="readers of the anonymous way")
-    parser.add_argument("--output", type=Path, default=CLONE / "bench" / "results" / "load_anonymous.json")
+    parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/")
     options = parser.parse_args(argv)
 
     shards = shards_of(options.model)
@@ -160,19 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         lab_pages.release(OWNER)
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CLONE, capture_output=True, text=True, check=False)
     command = ["python3", "-m", "bench.load_anonymous", "--runs", str(options.runs)]
     command += ["--threads", *map(str, options.threads), "--model", options.model.name]
-    result = {
-        "name": "load_anonymous",
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": machine(),
-        "command": shlex.join(command),
-        "figures": summarise(size, seconds),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    record.keep("load_anonymous", command, summarise(size, seconds), options.output)
     return 0
 
 

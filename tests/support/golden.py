@@ -61,12 +61,21 @@ class Golden:
     model: Manifest = dataclasses.field(default_factory=manifest)
     overrides: Overrides = dataclasses.field(default_factory=Overrides)
 
-    def render(self) -> str:
-        """Return plan or refusal, and the judgement, as an operator reads them."""
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of the machine, by their names."""
         with tempfile.TemporaryDirectory() as folder:
             root = self._root(Path(folder))
-            numa, dimm, hugepages = _numa.gather(root), _smbios.gather(root), _hugepages.gather(root)
+            dimm = _smbios.gather(root)
             dimm["reason"] = dimm["reason"] and dimm["reason"].replace(root, "")
+            return {
+                "cpullm_numa": _numa.gather(root),
+                "cpullm_dimm": dimm,
+                "cpullm_hugepages": _hugepages.gather(root),
+            }
+
+    def render(self) -> str:
+        """Return plan or refusal, and the judgement, as an operator reads them."""
+        numa, dimm, hugepages = self.facts().values()
         plan = None
         try:
             plan = make_plan(numa, self.model, self.overrides)

@@ -106,7 +106,9 @@ def same_socket(machine: Machine, one: int, other: int) -> bool:
 
 def topologies(machine: Machine, root: Path) -> None:
     """Write topology and caches of each CPU that is online."""
-    siblings, packages, domains = {}, {}, {}
+    siblings: dict[int, list[int]] = {}
+    packages: dict[int, list[int]] = {}
+    domains: dict[int, list[int]] = {}
     for cpu in machine.online:
         core = machine.core(cpu)
         siblings.setdefault(core, []).append(cpu)

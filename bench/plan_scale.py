@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How long the controller plans 1, 10, 50 and 200 hosts, beyond the gathering of facts.
+
+The facts of the published two-socket class, as the collection's parsers give them, lie in a cache of facts; a playbook
+plans, judges and shows each host. Counted is the whole run, with the start of Ansible, which is most of what one host takes.
+
+    python3 -m bench.plan_scale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import record
+
+sys.path.insert(0, str(record.CLONE / ".collections"))
+
+from ansible_collections.cpullm.epyc.plugins.module_utils import _manifest
+
+from tests.support.golden import MACHINES
+from tests.unit.test_plan import manifest
+
+COUNTS = (1, 10, 50, 200)
+MACHINE = "two-sockets"
+
+
+def playbook(folder: Path, name: str, count: int) -> tuple[float, str]:
+    """Return the seconds and the output of a playbook over that many hosts; raises RuntimeError."""
+    command = ["ansible-playbook", "-i", str(folder / "hosts.ini"), str(record.CLONE / "bench" / name)]
+    command += ["-e", f"@{folder / 'facts.json'}", "-e", f"bench_lock={folder / 'lock.json'}"]
+    command += ["--limit", f"many[0:{count - 1}]"]
+    environment = {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(record.CLONE / "ansible.cfg"),
+        "ANSIBLE_CACHE_PLUGIN": "ansible.builtin.jsonfile",
+        "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "cache"),
+    }
+    start = time.monotonic()
+    done = subprocess.run(
+        command,
+        cwd=record.CLONE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    if done.returncode:
+        raise RuntimeError(f"{name}: ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return seconds, done.stdout
+
+
+def prepare(folder: Path) -> None:
+    """Write inventory and lock, and have Ansible keep the facts of every host."""
+    hosts = "\n".join(f"host{number}" for number in range(max(COUNTS)))
+    (folder / "hosts.ini").write_text(f"[many]\n{hosts}\n", encoding="utf-8")
+    (folder / "lock.json").write_text(_manifest.lock_text(manifest()), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps({"bench_facts": MACHINES[MACHINE].facts()}), encoding="utf-8")
+    playbook(folder, "plan_scale_facts.yml", max(COUNTS))
+
+
+def run(folder: Path, count: int) -> float:
+    """Return the seconds in which that many hosts were planned; raises RuntimeError where one was not."""
+    seconds, output = playbook(folder, "plan_scale.yml", count)
+    if output.count("ok=3") != count:
+        raise RuntimeError(f"{output.count('ok=3')} of {count} hosts were planned\n{output[-2000:]}")
+    return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark, the counts taking turns, print each run, and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--runs", type=int, default=5, help="runs of each count")
+    parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/")
+    options = parser.parse_args(argv)
+    seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+        for number in range(options.runs):
+            for count, values in seconds.items():
+                values.append(run(Path(name), count))
+                print(f"{number + 1}/{options.runs} {count} hosts: {values[-1]:.2f} s", flush=True)
+    figures: dict[str, float] = {}
+    for count, values in seconds.items():
+        figures |= record.spread(f"seconds_{count}", values)
+    record.keep(
+        "plan-scale", ["python3", "-m", "bench.plan_scale", "--runs", str(options.runs)], figures, options.output
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
