@@ -20,7 +20,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.module_utils.urls import open_url
 from ansible.plugins.action import ActionBase
-from ansible_collections.cpullm.epyc.plugins.module_utils._build import Source, recipe
+from ansible_collections.cpullm.epyc.plugins.module_utils._build import Source
 from ansible_collections.cpullm.epyc.plugins.module_utils._engine import sha256_file, write_atomically
 from ansible_collections.cpullm.epyc.plugins.plugin_utils._llamacpp import (
     RECIPE_ARGUMENTS,
@@ -70,8 +70,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                         fetch(inputs.source, path)
         except (ValueError, OSError, subprocess.SubprocessError) as error:
             raise AnsibleActionFail(f"{host}: {error}") from error
-        isa, release = args["isa"], args["release"]
-        data = recipe(inputs.source, inputs.patches, inputs.options(isa), isa, release)
+        data = inputs.recipe(args["isa"], args["release"])
         data["archive_sha256"] = result["sha256"] = source_digest(cache, inputs.source)
         result["recipe"] = json.dumps(data, sort_keys=True)
         return result

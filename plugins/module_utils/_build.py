@@ -107,6 +107,15 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Program:
+    """A program of ours that is built beside the engine from one C file: its name, the sha256 of the file, the file."""
+
+    name: str
+    sha256: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Option:
     """One cmake cache entry."""
 
@@ -311,11 +320,18 @@ def parse_cpu_flags(text: str) -> list[str]:
     return sorted(common or ())
 
 
-def build_id(source: Source, patches: Sequence[Patch], options: Sequence[Option], isa: str, release: str) -> str:
+def build_id(
+    source: Source,
+    patches: Sequence[Patch],
+    programs: Sequence[Program],
+    options: Sequence[Option],
+    isa: str,
+    release: str,
+) -> str:
     """Return the id of a build: ``VERSION-ISA-RELEASE-HASH``, equal exactly when every input is equal.
 
-    The hash covers the source's digest, the patches' hashes in their order, every cmake option,
-    the programs and the release. Names of patches and the place that the source came
+    The hash covers the source's digest, the patches' hashes in their order, name and hash of our own programs, every
+    cmake option, the engine's programs and the release. Names of patches and the place that the source came
     from are not in it: they do not change the result.
     """
     inputs = {
@@ -324,6 +340,7 @@ def build_id(source: Source, patches: Sequence[Patch], options: Sequence[Option]
         "subdirectory": source.subdirectory,
         "build_number": source.build_number,
         "patches": [patch.sha256 for patch in patches],
+        "programs": [[program.name, program.sha256] for program in programs],
         "options": [[option.name, option.value] for option in options],
         "targets": list(TARGETS),
         "isa": isa,
@@ -335,22 +352,31 @@ def build_id(source: Source, patches: Sequence[Patch], options: Sequence[Option]
 
 
 def recipe(
-    source: Source, patches: Sequence[Patch], options: Sequence[Option], isa: str, release: str
+    source: Source,
+    patches: Sequence[Patch],
+    programs: Sequence[Program],
+    options: Sequence[Option],
+    isa: str,
+    release: str,
 ) -> dict[str, Any]:
-    """Return what the build host needs to know, as data for JSON; the patches' bytes are Latin-1 text."""
+    """Return what the build host needs to know, as data for JSON; bytes of patches and programs are Latin-1 text."""
     return {
         "schema": 1,
-        "id": build_id(source, patches, options, isa, release),
+        "id": build_id(source, patches, programs, options, isa, release),
         "isa": isa,
         "release": release,
         "version": source.version,
         "source": asdict(source),
-        "patches": [
-            {"name": patch.name, "sha256": patch.sha256, "text": patch.data.decode("latin-1")} for patch in patches
-        ],
+        "patches": [_as_text(patch) for patch in patches],
+        "programs": [_as_text(program) for program in programs],
         "options": [asdict(option) for option in options],
         "targets": list(TARGETS),
     }
+
+
+def _as_text(file: Patch | Program) -> dict[str, str]:
+    """Return a file as data for JSON."""
+    return {"name": file.name, "sha256": file.sha256, "text": file.data.decode("latin-1")}
 
 
 def owners(plans: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

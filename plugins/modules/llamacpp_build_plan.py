@@ -11,7 +11,7 @@ short_description: Name the build of llama.cpp that a host needs
 version_added: "1.0.0"
 description:
   - Computes the build id on the controller from version, source hash, patches in their order, cmake options,
-    instruction set and distribution release, and compares it with what is installed on the host.
+    our own program, instruction set and distribution release, and compares it with what is installed on the host.
   - It changes nothing, so check mode names the build even where no compiler is installed.
 options:
   source:

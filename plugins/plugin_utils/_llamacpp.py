@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ from typing import Any
 from ansible_collections.cpullm.epyc.plugins.module_utils._build import (
     Option,
     Patch,
+    Program,
     Source,
     build_id,
     check_patches,
     cmake_options,
     parse_source,
+    recipe,
     refusal,
 )
 from ansible_collections.cpullm.epyc.plugins.module_utils._engine import sha256_file
+
+_PROGRAMS = Path(__file__).parents[2] / "roles" / "llamacpp_build" / "files"
 
 # What decides a build, as arguments of an action plugin.
 RECIPE_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -37,6 +42,7 @@ class Inputs:
 
     source: Source
     patches: list[Patch]
+    programs: list[Program]
     extra_options: dict[str, object]
 
     def options(self, isa: str) -> list[Option]:
@@ -45,7 +51,11 @@ class Inputs:
 
     def id(self, isa: str, release: str) -> str:
         """Return the build id."""
-        return build_id(self.source, self.patches, self.options(isa), isa, release)
+        return build_id(self.source, self.patches, self.programs, self.options(isa), isa, release)
+
+    def recipe(self, isa: str, release: str) -> dict[str, Any]:
+        """Return what the build host needs to know."""
+        return recipe(self.source, self.patches, self.programs, self.options(isa), isa, release)
 
 
 def read_inputs(arguments: Mapping[str, Any]) -> Inputs:
@@ -54,7 +64,13 @@ def read_inputs(arguments: Mapping[str, Any]) -> Inputs:
     cmake_options("avx2", extra)
     patch_set = arguments["patch_set"]
     patches = read_patches(patch_set, Path(arguments["patches_directory"])) if patch_set else []
-    return Inputs(parse_source(arguments["source"]), patches, extra)
+    return Inputs(parse_source(arguments["source"]), patches, read_programs(), extra)
+
+
+def read_programs() -> list[Program]:
+    """Return our own programs: the C files of the role that builds, by name."""
+    files = [(path.stem, path.read_bytes()) for path in sorted(_PROGRAMS.glob("*.c"))]
+    return [Program(name, hashlib.sha256(data).hexdigest(), data) for name, data in files]
 
 
 def read_patches(patch_set: str, directory: Path) -> list[Patch]:

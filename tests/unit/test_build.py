@@ -22,10 +22,15 @@ def patch(number: int, data: bytes = DIFF) -> _build.Patch:
     return _build.Patch(f"{number:04d}-x.patch", hashlib.sha256(data).hexdigest(), data)
 
 
+def program(name: str, data: bytes = b"int main(void) { return 0; }\n") -> _build.Program:
+    return _build.Program(name, hashlib.sha256(data).hexdigest(), data)
+
+
 def name(**changes: object) -> str:
     inputs: dict[str, object] = {
         "source": _build.parse_source(SDIST),
         "patches": [patch(1), patch(2, DIFF + b"-more\n")],
+        "programs": [program("reader")],
         "options": _build.cmake_options("avx2", {}),
         "isa": "avx2",
         "release": "debian12",
@@ -214,6 +219,9 @@ source = _build.parse_source(SDIST)
         pytest.param({"options": _build.cmake_options("avx2", {"GGML_LTO": True})}, id="option"),
         pytest.param({"release": "debian13"}, id="release"),
         pytest.param({"isa": "avx512"}, id="isa"),
+        pytest.param({"programs": []}, id="no-program"),
+        pytest.param({"programs": [program("writer")]}, id="name-of-a-program"),
+        pytest.param({"programs": [program("reader", b"int main(void) { return 1; }\n")]}, id="program"),
     ],
 )
 def test_id_follows_every_input(changes: dict[str, object]) -> None:
@@ -235,9 +243,11 @@ def test_id_ignores_what_does_not_change_the_result(changes: dict[str, object]) 
 
 
 @given(st.binary())
-def test_recipe_carries_any_bytes_of_a_patch(data: bytes) -> None:
-    recipe = _build.recipe(source, [patch(1, data)], _build.cmake_options("avx2", {}), "avx2", "debian12")
+def test_recipe_carries_any_bytes_of_patches_and_programs(data: bytes) -> None:
+    options = _build.cmake_options("avx2", {})
+    recipe = _build.recipe(source, [patch(1, data)], [program("p", data)], options, "avx2", "debian12")
     assert recipe["patches"][0]["text"].encode("latin-1") == data
+    assert recipe["programs"][0]["text"].encode("latin-1") == data
 
 
 def test_one_owner_for_each_build() -> None:

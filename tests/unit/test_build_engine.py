@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.cpullm.epyc.plugins.module_utils import _build, _engine
+from ansible_collections.cpullm.epyc.plugins.plugin_utils import _llamacpp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -254,7 +256,8 @@ def shop(program: ModuleType, work: Path, patches: list[bytes], archive: Path) -
     source = _build.parse_source({"type": "sdist", "version": "1", "sha256": _engine.sha256_file(str(archive))})
     files = [(f"{number:04d}-p.patch", data) for number, data in enumerate(patches, 1)]
     checked = _build.check_patches("set", files) if files else []
-    recipe = _build.recipe(source, checked, _build.cmake_options("avx2", {}), "avx2", "debian12")
+    options = _build.cmake_options("avx2", {})
+    recipe = _build.recipe(source, checked, _llamacpp.read_programs(), options, "avx2", "debian12")
     recipe["archive_sha256"] = source.digest
     environment = program.clean_environment(work, None)
     return program.Workshop(recipe, work, io.StringIO(), environment, program.Status(None))
@@ -299,6 +302,22 @@ def test_source_that_is_not_llamacpp(program: ModuleType, tmp_path: Path) -> Non
     archive = pack(tmp_path / "x.tgz", {"p-1/README.md": b"x"})
     with pytest.raises(program.BuildError, match=r"found no ggml/CMakeLists\.txt below vendor/llama\.cpp"):
         program.prepare_tree(shop(program, tmp_path, [], archive), archive)
+
+
+def test_our_programs_are_built_for_the_instruction_set(program: ModuleType, tmp_path: Path) -> None:
+    workshop = shop(program, tmp_path, [], pack(tmp_path / "x.tgz", TREE))
+    program.compile_programs(workshop)
+    built = tmp_path / "build" / "bin" / "cpullm-bandwidth"
+    assert "ymm" in subprocess.run(["objdump", "-d", built], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path).encode() not in built.read_bytes(), "the place of the build is in the program"
+
+
+def test_a_program_that_is_not_the_one_of_the_id_is_not_built(program: ModuleType, tmp_path: Path) -> None:
+    workshop = shop(program, tmp_path, [], pack(tmp_path / "x.tgz", TREE))
+    workshop.recipe["programs"][0]["text"] += " "
+    with pytest.raises(program.BuildError, match=r"program cpullm-bandwidth: found sha256 .*, expected "):
+        program.compile_programs(workshop)
+    assert not list((tmp_path / "build" / "bin").iterdir())
 
 
 def test_another_release_is_refused(program: ModuleType) -> None:

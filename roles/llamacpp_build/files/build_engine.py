@@ -172,13 +172,18 @@ def prepare_tree(shop: Workshop, source: Path) -> None:
     temporary.rename(shop.tree)
 
 
+def write_checked(path: Path, kind: str, entry: dict[str, str]) -> None:
+    """Write a file that the recipe carries; BuildError where it is not the one that the id was made of."""
+    path.write_bytes(entry["text"].encode("latin-1"))
+    found = _engine.sha256_file(str(path))
+    if found != entry["sha256"]:
+        raise BuildError(f"{kind} {entry['name']}: found sha256 {found}, expected {entry['sha256']}")
+
+
 def apply_patch(shop: Workshop, patch: dict[str, str], tree: Path) -> None:
     """Apply one patch without fuzz; BuildError names the patch and every file that it does not fit."""
     path = shop.work / "patch"
-    path.write_bytes(patch["text"].encode("latin-1"))
-    found = _engine.sha256_file(str(path))
-    if found != patch["sha256"]:
-        raise BuildError(f"patch {patch['name']}: found sha256 {found}, expected {patch['sha256']}")
+    write_checked(path, "patch", patch)
     argv = ["patch", "-p1", "--fuzz=0", "--batch", "--forward", "--no-backup-if-mismatch"]
     try:
         shop.run([*argv, "--reject-file=-", f"--input={path}"], tree)
@@ -257,6 +262,16 @@ def compile_targets(shop: Workshop, jobs: int, lock: int) -> None:
         raise BuildError(f"the compiler failed; {shop.log.name} has everything:\n{''.join(failed[:60])[-6000:]}")
 
 
+def compile_programs(shop: Workshop) -> None:
+    """Compile our own programs, one C file each, to where ninja leaves the engine's."""
+    (shop.build / "bin").mkdir(parents=True, exist_ok=True)
+    for program in shop.recipe["programs"]:
+        path = shop.work / f"{program['name']}.c"
+        write_checked(path, "program", program)
+        argv = ["gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-pthread", f"-DISA_{shop.recipe['isa'].upper()}"]
+        shop.run([*argv, "-o", f"build/bin/{program['name']}", path.name], shop.work)
+
+
 def runtime_packages(shop: Workshop, programs: list[Path]) -> list[str]:
     """Return the packages that own the shared libraries of the programs; empty where dpkg does not know."""
     libraries = set()
@@ -278,7 +293,7 @@ def stage(shop: Workshop) -> Path:
     staging = shop.work / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     programs = []
-    for target in shop.recipe["targets"]:
+    for target in [*shop.recipe["targets"], *(program["name"] for program in shop.recipe["programs"])]:
         program = staging / "bin" / target
         program.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(shop.build / "bin" / target, program)
@@ -298,6 +313,7 @@ def stage(shop: Workshop) -> Path:
     record.update(
         schema=1,
         patches=[{"name": patch["name"], "sha256": patch["sha256"]} for patch in shop.recipe["patches"]],
+        programs=[{"name": program["name"], "sha256": program["sha256"]} for program in shop.recipe["programs"]],
         options=shop.recipe["options"],
         tools=tools,
         runtime_packages=runtime_packages(shop, programs),
@@ -397,6 +413,7 @@ def build_engine(arguments: argparse.Namespace) -> dict[str, Any]:
             configure(shop, bool(arguments.ccache))
             jobs = choose_jobs(arguments.jobs, len(os.sched_getaffinity(0)), memory_available())
             compile_targets(shop, jobs, lock)
+            compile_programs(shop)
             status.show("pack", 0, None, "artifact")
             staging = stage(shop)
             digest = pack(staging, recipe["id"], artifact)
