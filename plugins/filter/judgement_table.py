@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -30,6 +30,9 @@ options:
     description: Columns of the table.
     type: int
     default: 110
+  bandwidth:
+    description: The fact of M(cpullm.epyc.memory_bandwidth_facts), for a line that says why nothing was measured.
+    type: dict
 author:
   - The cpullm.epyc authors (@cpullm)
 """
@@ -63,9 +66,12 @@ def _roof(roof: Mapping[str, Any]) -> str:
     return f"roof, socket {roof['socket']}: {roof['name']}{rate}{doubt}{_speeds(roof)}"
 
 
-def _measured(row: Mapping[str, Any]) -> str:
-    """Return the line of one measured read rate."""
-    return f"measured, socket {row['socket']}: {row['gbs']:.0f} GB/s{_speeds(row)}"
+def _measured(row: Mapping[str, Any], roofs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the line of one measured read rate, as a share of the memory's where that is known."""
+    mine = [roof for roof in roofs if roof["socket"] == row["socket"]]
+    memory = next((roof for roof in mine if roof["gbs"] is not None and not roof["hypothesis"]), None)
+    share = f", {row['gbs'] / memory['gbs']:.0%} of the memory's {memory['gbs']:.0f} GB/s" if memory else ""
+    return f"measured, socket {row['socket']}: {row['gbs']:.0f} GB/s{share}{_speeds(row)}"
 
 
 def _finding(finding: Mapping[str, Any]) -> str:
@@ -77,16 +83,18 @@ def _finding(finding: Mapping[str, Any]) -> str:
     )
 
 
-def judgement_table(judgement: Any, host: str = "", width: int = 110) -> list[str]:
+def judgement_table(judgement: Any, host: str = "", width: int = 110, bandwidth: Any = None) -> list[str]:
     """Return a judgement as lines of text; raises AnsibleFilterError for what is none."""
     if not isinstance(judgement, Mapping) or "roofs" not in judgement:
         raise AnsibleFilterError("judgement_table: found no judgement, expected ansible_facts['cpullm_judgement']")
     width = max(_LEAST_WIDTH, int(width))
     count = len(judgement["findings"])
     lines = [f"{host}: {count} finding(s) on the hardware" if host else f"{count} finding(s) on the hardware"]
+    unmeasured = bandwidth and not bandwidth["available"]
     for text in [
         *map(_roof, judgement["roofs"]),
-        *map(_measured, judgement["measured"]),
+        *(_measured(row, judgement["roofs"]) for row in judgement["measured"]),
+        *([f"measured: nothing. {bandwidth['reason']}"] if unmeasured else []),
         *map(_finding, judgement["findings"]),
     ]:
         lines += textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)

@@ -38,7 +38,7 @@ def undocumented(documented: dict[str, Any], value: object, path: str) -> list[s
     """Return where a value and the documentation of its keys, kinds and elements differ."""
     problems = []
     kind = documented["type"]
-    kinds = {"dict": dict, "list": list, "str": str, "int": int, "bool": bool}
+    kinds = {"dict": dict, "list": list, "str": str, "int": int, "float": float, "bool": bool}
     if value is not None and not isinstance(value, kinds[kind]):
         problems.append(f"{path} is {type(value).__name__}, documented as {kind}")
     if isinstance(value, bool) and kind != "bool":
