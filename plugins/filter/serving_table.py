@@ -7,6 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ansible_collections.cpullm.epyc.plugins.plugin_utils._fleet import (
+    REBOOT_REQUIRED,
+    Instance,
+    facts_of,
+    instances,
+    state,
+)
+
 DOCUMENTATION = r"""
 name: serving_table
 short_description: Show what was planned and found on each host
@@ -39,57 +47,32 @@ _value:
 COLUMNS = ("host", "state", "instance", "pages planned", "pages found", "threads", "context", "tokens/s", "build")
 
 
-def _pages(plan: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    kib = found.get("hugetlb_kib")
-    size = plan["pages"]["size_kib"]
-    if kib is None:
+def _pages(row: Instance) -> str:
+    if row.pages_found is None:
         return "-"
-    by_node = ",".join(f"{entry['node']}:{entry['pages']}" for entry in found.get("nodes", []))
-    return f"{kib // size} ({by_node})" if by_node else str(kib // size)
-
-
-def state(variables: Mapping[str, Any]) -> str:
-    """Return one host's state in a few words."""
-    serving = variables.get("__systemd_service_serving") or {}
-    if serving.get("as_planned"):
-        return "SERVING"
-    facts = variables.get("ansible_facts") or {}
-    if (facts.get("cpullm_grub_hugepages") or {}).get("reboot_required"):
-        return "NOT SERVING: reboot required"
-    if "as_planned" in serving:
-        return "NOT AS PLANNED"
-    return "NOT SERVING" if facts.get("cpullm_plan") else "NOT PLANNED"
+    by_node = ",".join(f"{node}:{pages}" for node, pages in row.pages_by_node)
+    return f"{row.pages_found} ({by_node})" if by_node else str(row.pages_found)
 
 
 def rows(variables: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return one row per instance of a host, and one for a host that has none."""
-    facts = variables.get("ansible_facts") or {}
-    plan, build = facts.get("cpullm_plan"), facts.get("cpullm_build") or {}
+    facts = facts_of(variables)
     name = str(variables.get("inventory_hostname", "?"))
-    if not plan:
-        return [(name, state(variables), "-", "-", "-", "-", "-", "-", "-")]
-    found = {
-        entry["instance"]: entry for entry in (variables.get("__systemd_service_serving") or {}).get("instances", [])
-    }
-    table: list[tuple[str, ...]] = []
-    for entry in plan["instances"]:
-        seen = found.get(entry["instance"], {})
-        rate = seen.get("tokens_per_s")
-        planned = f"{entry['pages']} ({','.join(str(node) for node in entry['nodes'])})"
-        table.append(
-            (
-                name,
-                state(variables),
-                str(entry["instance"]),
-                planned,
-                _pages(plan, seen),
-                f"{entry['threads']}/{entry['threads_batch']}",
-                str(plan["context"]),
-                f"{rate:.1f}" if rate is not None else "-",
-                str(build.get("id", "-")),
-            )
+    table: list[tuple[str, ...]] = [
+        (
+            name,
+            state(variables),
+            str(row.instance),
+            f"{row.pages} ({','.join(str(node) for node in row.nodes)})",
+            _pages(row),
+            f"{row.threads}/{row.threads_batch}",
+            str(facts["cpullm_plan"]["context"]),
+            f"{row.tokens_per_s:.1f}" if row.tokens_per_s is not None else "-",
+            str((facts.get("cpullm_build") or {}).get("id", "-")),
         )
-    return table
+        for row in instances(variables)
+    ]
+    return table or [(name, state(variables), *["-"] * (len(COLUMNS) - 2))]
 
 
 def serving_table(hosts: list[Mapping[str, Any]]) -> list[str]:
@@ -97,7 +80,7 @@ def serving_table(hosts: list[Mapping[str, Any]]) -> list[str]:
     table = [COLUMNS, *(row for variables in hosts for row in rows(variables))]
     widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
-    if any("reboot required" in line for line in lines):
+    if any(row[1] == REBOOT_REQUIRED for row in table):
         lines.append("To reboot: run again with -e grub_hugepages_reboot_allowed=true, one host at a time.")
     return lines
 
