@@ -58,9 +58,15 @@ results: ## Show the kept results
 
 ## ---- upkeep
 
-.PHONY: collection lab-down clean
+.PHONY: collection report-picture lab-down clean
 collection: setup ## Build the collection's tarball in build/
 	@ansible-galaxy collection build --force --output-path build
+
+report-picture: setup ## Draw docs/report.png anew
+	@mkdir -p build/report
+	@CPULLM_REPORT_PICTURES=$(CURDIR)/build/report python -m pytest -q tests/browser -k fits
+	@python -c 'from PIL import Image; \
+	  Image.open("build/report/report-light-1280.png").quantize(256, method=1, dither=0).save("docs/report.png", optimize=True)'
 
 lab-down: ## Stop and remove every host of the lab, and give back its pages
 	@python3 -m lab down --all

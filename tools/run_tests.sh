@@ -22,7 +22,7 @@ lint() {
 }
 
 unit() {
-  python -m pytest -q tests/unit tests/repo
+  python -m pytest -q tests/unit tests/repo tests/browser
 }
 
 # The quick checks on the newest ansible-core that a Python of this machine runs.
