@@ -23,6 +23,7 @@ from typing import Any
 
 CLONE = Path(__file__).resolve().parent.parent
 WORK = CLONE / ".demo"
+REPORT = WORK / "report.html"
 NAME = "demo"
 MODEL = CLONE / "tests" / "models" / "recite"
 REPO = "cpullm/recite"
@@ -113,6 +114,7 @@ def site(port: int, *words: str) -> None:
         f"--extra-vars=host_plan_lock={WORK / 'recite.lock.json'}",
         # The hub listens on this machine's loopback, which a VM reaches under this address.
         f"--extra-vars=model_fetch_endpoint=http://10.0.2.2:{port}",
+        f"--extra-vars=report_file={REPORT}",
         *words,
     )
 
@@ -229,6 +231,7 @@ def up() -> None:
     print()
     addresses = " and ".join(f"http://127.0.0.1:{ports[port]}/v1" for port in PORTS)
     print(f"  address    {addresses}, one for each socket")
+    print(f"  report     {REPORT}: open it in a browser")
     print("  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'")
     print("  again      make demo: quick, and says what it reuses")
     print("  away       make demo-down")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
 import site_run
+from recite_checks import rows
 
 HOSTS = ("test-fleet-a", "test-fleet-b", "test-fleet-c")
 COMPILE = "cpullm.epyc.llamacpp_build : compile | Compile the engine"
@@ -41,6 +42,16 @@ def forget_artifact(inventory: str) -> None:
             artifact.unlink()
 
 
+def report_of_the_broken_fleet(inventory: str, file: Path) -> None:
+    """Read the fleet as it is, and see that its report names each host's state and the fault."""
+    words = ["--inventory=inventories/lab", f"--extra-vars=report_file={file}"]
+    run = site_run.play(inventory, *words, playbook="playbooks/report.yml")
+    assert run.status == 0, "the report failed on a fleet with faults"
+    page = file.read_text(encoding="utf-8")
+    assert [state for _host, state in rows(page)] == ["SERVING", "NOT AS PLANNED", "NOT SERVING"], rows(page)
+    assert "HugetlbPages is 0 kB, expected 1048576 kB" in page
+
+
 def main() -> int:
     """Run the site once and look at every host."""
     inventory = f"{sys.argv[1]}/inventory"
@@ -58,6 +69,7 @@ def main() -> int:
     assert on("test-fleet-a", "systemctl is-active llama-server@0") == "active"
     untouched = on("test-fleet-c", "ls -d /etc/systemd/system/llama-server* /opt/llama.cpp/current 2>/dev/null | wc -l")
     assert untouched == "0", "the host after the failed one was touched"
+    report_of_the_broken_fleet(inventory, Path(sys.argv[1]) / "report-broken.html")
     return 0
 
 

@@ -1,10 +1,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What testinfra asks of every host that serves the trained model."""
+"""What is asked of every host that serves the trained model, and of the fleet's report."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,8 @@ def hugetlb_kib(host: Any, instance: int = 0) -> int:
     """Return the KiB of huge pages that an instance's process holds."""
     pid = host.check_output(f"systemctl show --property=MainPID --value llama-server@{instance}")
     return int(host.check_output(f"awk '/^HugetlbPages:/ {{ print $2 }}' /proc/{pid}/status"))
+
+
+def rows(page: str) -> list[tuple[str, str]]:
+    """Return the hosts of a fleet report with their states, in order."""
+    return re.findall(r'class="host-name" href="#host-\d+">([^<]+)</a>.*?class="state \w+">([^<]+)<', page, re.DOTALL)

@@ -132,6 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
                 "model_fetch_endpoint": hub.url.replace("127.0.0.1", "10.0.2.2"),
                 "systemd_service_verify_prompt": "When in the Course of human events,",
                 "systemd_service_verify_expect": "it becomes necessary",
+                "report_file": None,
             }
             yield Place(path, listing, served)
         finally:

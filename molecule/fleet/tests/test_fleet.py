@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "resources"))
-from recite_checks import hugetlb_kib, name_of, recites
+from recite_checks import hugetlb_kib, name_of, recites, rows
 
 
 def test_recites_from_its_pages(host):
@@ -19,3 +20,9 @@ def test_recites_from_its_pages(host):
 
 def test_only_the_first_host_has_what_building_needs(host):
     assert host.package("cmake").is_installed == (name_of(host) == "test-fleet-a")
+
+
+def test_the_report_has_a_row_for_each_host(host):
+    page = (Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "report.html").read_text(encoding="utf-8")
+    assert (name_of(host), "SERVING") in rows(page)
+    assert len(rows(page)) == 3
