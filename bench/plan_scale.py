@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """How long the controller plans 1, 10, 50 and 200 hosts, beyond the gathering of facts.
 
-The facts of the published two-socket class, as the collection's parsers give them, lie in a cache of facts; a playbook
-plans, judges and shows each host. Counted is the whole run, with the start of Ansible, which is most of what one host takes.
+The facts of a two-socket machine, as the collection's parsers give them, lie in a cache of facts; a playbook plans,
+judges and shows each host. Counted is the whole run, with the start of Ansible: most of what one host takes.
 
     python3 -m bench.plan_scale
 """

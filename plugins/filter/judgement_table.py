@@ -15,8 +15,8 @@ name: judgement_table
 short_description: Show what holds a machine back
 version_added: "1.0.0"
 description:
-  - Returns the judgement of M(cpullm.epyc.plan) as lines of text, the roofs with the decode speed that they allow at
-    most, then the findings with what they cost and what to do.
+  - Returns the judgement of M(cpullm.epyc.judgement) as lines of text, the roofs with the decode speed that they allow
+    at most, then the findings with what they cost and what to do.
 options:
   _input:
     description: The judgement.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils import _numa, _serving, _smbios
-from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import judge
+from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import Host, judge
 from ansible_collections.cpullm.epyc.plugins.module_utils._plan import Overrides, Refusal, make_plan
 
 from tests.unit import smbios_builder, tree_builder
@@ -64,10 +64,11 @@ def host(name: str, root: Path, machine: tree_builder.Machine, devices: Sequence
     except Refusal as refusal:
         # As the action plugin answers.
         told = {key: getattr(refusal, key) for key in ("name", "found", "expected", "way_out")}
+        facts["cpullm_judgement"] = judge(Host(facts["cpullm_numa"], None, facts["cpullm_dimm"]))
         record["__host_plan_result"] = {"failed": True, "msg": f"{name}: {refusal}", "refusal": {"host": name, **told}}
         return record
     hugepages = {"poisoned_bytes": 0, "pools": []}
-    judgement = judge(facts["cpullm_numa"], facts["cpullm_dimm"], hugepages, plan)
+    judgement = judge(Host(facts["cpullm_numa"], plan, facts["cpullm_dimm"], hugepages))
     facts.update(cpullm_plan=plan, cpullm_judgement=judgement, cpullm_hugepages=hugepages)
     return record
 
