@@ -524,7 +524,10 @@ def draw(roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...], meas
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     depths = sorted({depth for points, _kind, _colour in roofs for depth, _rate in points} | {0})
-    highest = max([rate for points, _kind, _colour in roofs for _depth, rate in points] + list(measured))
+    # Attention alone allows hundreds of tokens/s of a short context: its roof enters where it comes near the others.
+    empty = [rate for points, _kind, _colour in roofs for depth, rate in points if depth == 0]
+    highest = max([*empty, *measured]) if empty else max(rate for points, _kind, _colour in roofs for _, rate in points)
+    top = highest * 1.12 or 1
     plain = mpl.rc_context(
         {
             "svg.fonttype": "none",
@@ -548,11 +551,11 @@ def draw(roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...], meas
                 linewidth=2,
                 marker="o",
                 markersize=4.5,
-                clip_on=False,
+                clip_on=any(rate > top for _depth, rate in points),
             )
         axes.plot([0] * len(measured), list(measured), "D", color=_GOOD, markersize=8, clip_on=False, gid="ID-measured")
         axes.set_xlim(0, max(depths[-1], 1))
-        axes.set_ylim(0, highest * 1.12 or 1)
+        axes.set_ylim(0, top)
         axes.set_xticks(depths, [depth_text(depth) for depth in depths])
         axes.set_xlabel("tokens of context", color=_MUTED)
         axes.set_ylabel("tokens/s", color=_MUTED)
