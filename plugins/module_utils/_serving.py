@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-_STATUS_KIB = re.compile(r"^(?P<name>\w+):\s+(?P<kib>\d+) kB$", re.MULTILINE)
-_PAGE_SIZE = re.compile(r"\bkernelpagesize_kB=(\d+)")
-_NODE_PAGES = re.compile(r"\bN(\d+)=(\d+)")
+_STATUS_KIB = re.compile(r"^(?P<name>\w+):\s+(?P<kib>[0-9]{1,15}) kB$", re.MULTILINE)
+_PAGE_SIZE = re.compile(r"\bkernelpagesize_kB=([0-9]{1,15})\b")
+_NODE_PAGES = re.compile(r"\bN([0-9]{1,6})=([0-9]{1,15})\b")
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,16 @@ def request(
         raw = answer.read()
     finally:
         connection.close()
+    return answer_of(answer.status, raw)
+
+
+def answer_of(status: int, raw: bytes) -> Answer:
+    """Return an answer of these bytes, whatever they are."""
     try:
         body = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = {}
-    return Answer(answer.status, body if isinstance(body, dict) else {})
+    return Answer(status, body if isinstance(body, dict) else {})
 
 
 def chat_text(answer: dict[str, Any]) -> str:
@@ -98,6 +103,8 @@ def chat_text(answer: dict[str, Any]) -> str:
     try:
         message = answer["choices"][0]["message"]
     except (KeyError, IndexError, TypeError):
+        return ""
+    if not isinstance(message, dict):
         return ""
     parts = (message.get("reasoning_content"), message.get("content"))
     return "".join(part for part in parts if isinstance(part, str))
@@ -107,7 +114,10 @@ def decode_rate(answer: dict[str, Any]) -> float | None:
     """Return the tokens per second of the decode that the server measured, or None."""
     timings = answer.get("timings")
     rate = timings.get("predicted_per_second") if isinstance(timings, dict) else None
-    return float(rate) if isinstance(rate, (int, float)) else None
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        return None
+    # JSON's numbers have no bounds, and Python reads NaN and Infinity too.
+    return float(rate) if 0 <= rate < 1e9 else None
 
 
 def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -36,12 +36,14 @@ def test_reads_a_size_of_proc_status():
     text = "Name:\tllama-server\nVmRSS:\t   31744 kB\nHugetlbPages:\t 3145728 kB\n"
     assert _serving.status_kib(text, "HugetlbPages") == 3145728
     assert _serving.status_kib(text, "VmSwap") is None
+    assert _serving.status_kib(f"VmSwap: {'9' * 5000} kB\n", "VmSwap") is None
 
 
 def test_counts_pages_of_one_size_by_node():
     assert _serving.pages_by_node(NUMA_MAPS, 1048576) == [{"node": 0, "pages": 3}, {"node": 1, "pages": 1}]
     assert _serving.pages_by_node(NUMA_MAPS, 4) == [{"node": 0, "pages": 12}]
     assert _serving.pages_by_node("", 4) == []
+    assert _serving.pages_by_node(f"7f00 N0={'9' * 5000} kernelpagesize_kB=4", 4) == []
 
 
 def test_no_difference_is_no_deviation():
@@ -79,10 +81,39 @@ def test_stock_weights_need_no_pages():
         ({"choices": []}, ""),
         ({}, ""),
         ({"choices": [{"message": {"content": None}}]}, ""),
+        ({"choices": [{"message": "a"}]}, ""),
     ],
 )
 def test_takes_thoughts_and_text_of_an_answer(answer, text):
     assert _serving.chat_text(answer) == text
+
+
+@pytest.mark.parametrize(
+    ("timings", "rate"),
+    [
+        pytest.param({"predicted_per_second": 7.17}, 7.17, id="measured"),
+        pytest.param({"predicted_per_second": 7}, 7.0, id="whole"),
+        pytest.param({"predicted_per_second": True}, None, id="boolean"),
+        pytest.param({"predicted_per_second": float("nan")}, None, id="nan"),
+        pytest.param({"predicted_per_second": 10**400}, None, id="larger-than-a-float"),
+        pytest.param([], None, id="no-object"),
+    ],
+)
+def test_takes_the_rate_of_an_answer(timings, rate):
+    assert _serving.decode_rate({"timings": timings}) == rate
+
+
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        pytest.param(b'{"a": 1}', {"a": 1}, id="object"),
+        pytest.param(b"[1]", {}, id="list"),
+        pytest.param(b"\xff", {}, id="no-text"),
+        pytest.param(b"[" * 100_000, {}, id="deep"),
+    ],
+)
+def test_an_answer_that_is_no_object_is_empty(raw, body):
+    assert _serving.answer_of(200, raw) == _serving.Answer(200, body)
 
 
 @pytest.mark.parametrize(
