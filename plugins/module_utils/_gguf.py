@@ -102,6 +102,9 @@ _NEVER_WEIGHTS = frozenset({"F64", "I64", "Q8_1", "Q8_K"})
 _INTEGERS = frozenset({"I8", "I16", "I32"})
 _MULTIPLIED = re.compile(r"(^|\.)(attn_(q|k|v|kv|output)|ffn_(gate|up|down|gate_up)(_|\.)|output|token_embd)")
 
+# What llama.cpp calls its architectures: gpt-oss, ernie4_5-moe. It is part of keys, and of what operators read.
+ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 Scalar = Union[int, float, bool, str]
@@ -347,8 +350,8 @@ def _pairs(reader: _Reader, count: int) -> dict[str, Value]:
         if not key:
             raise ValueError(f"offset {start}: key {index} is empty")
         if key in metadata:
-            raise ValueError(f"offset {start}: the key {key!r} is there twice")
-        what = f"the value of {key!r}"
+            raise ValueError(f"offset {start}: the key {key!r:.80} is there twice")
+        what = f"the value of {key!r:.80}"
         number = _value_type(reader, what)
         metadata[key] = _array(reader, what, 1) if number == _ARRAY else _scalar(reader, number, what)
     return metadata
@@ -357,7 +360,7 @@ def _pairs(reader: _Reader, count: int) -> dict[str, Value]:
 def _alignment(metadata: Mapping[str, Value], at: int) -> int:
     value = metadata.get("general.alignment", 32)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"offset {at}: general.alignment is {value!r}, expected a power of two")
+        raise ValueError(f"offset {at}: general.alignment is {value!r:.80}, expected a power of two")
     if value <= 0 or value & (value - 1) or value > 1 << 20:
         raise ValueError(f"offset {at}: general.alignment is {value}, expected a power of two up to 1048576")
     return value
@@ -525,7 +528,7 @@ def check_shards(shards: Sequence[tuple[str, Header]]) -> None:
     for index, (file, header) in enumerate(shards):
         for key, value in header.metadata.items():
             if isinstance(value, Array) and value.type == "ARRAY":
-                raise ValueError(f"{file}: {key!r} is an array of arrays, which llama.cpp does not read")
+                raise ValueError(f"{file}: {key!r:.80} is an array of arrays, which llama.cpp does not read")
         stated = header.integer("split.count")
         if (1 if stated is None or stated == 0 else stated) != count:
             raise ValueError(f"{file}: split.count is {stated or 1}, but the model has {count} shard(s)")
@@ -563,7 +566,7 @@ def _number(header: Header, key: str, default: int = 0) -> int:
         items = [item for item in value.items or () if isinstance(item, int)]
         value = max(items, default=default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key} is {value!r}, expected an integer")
+        raise ValueError(f"{key} is {value!r:.80}, expected an integer")
     if not 0 <= value < 1 << 31:
         raise ValueError(f"{key} is {value}, expected 0 to {(1 << 31) - 1}")
     return value
@@ -619,6 +622,10 @@ def describe_model(shards: Sequence[tuple[str, Header]]) -> Model:
     architecture = header.text("general.architecture")
     if not architecture:
         raise ValueError(f"{file}: general.architecture is missing")
+    if not ARCHITECTURE.fullmatch(architecture):
+        raise ValueError(
+            f"{file}: general.architecture is {architecture!r:.80}, expected up to 64 letters, digits and . _ -"
+        )
     tensors = [tensor for _dummy, item in shards for tensor in item.tensors]
 
     def number(key: str, default: int = 0) -> int:

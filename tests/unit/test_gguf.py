@@ -177,6 +177,9 @@ def test_a_vocabulary_is_walked_and_not_kept(tmp_path: Path) -> None:
             id="many-arrays",
         ),
         pytest.param(
+            raw(pairs=1, body=string("k" * 60000) + struct.pack("<I", 99)), None, "unknown value type 99", id="long-key"
+        ),
+        pytest.param(
             raw(pairs=1, body=string("abc") + struct.pack("<IB", 7, 2)), None, "a boolean of value 2", id="boolean"
         ),
         pytest.param(
@@ -211,6 +214,7 @@ def test_refused(data: bytes, size: int | None, message: str) -> None:
     with pytest.raises(ValueError, match="offset") as caught:
         read(data, size)
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_hostile_array_costs_no_time() -> None:
@@ -361,6 +365,8 @@ def with_tensor(name: str, kind: str) -> list[tuple[str, Header]]:
         pytest.param(edit(0, split__tensors__count=9), "split.tensors.count is 9, but the shards hold", id="tensors"),
         pytest.param(edit(2, split__tensors__count=9), "m-3.gguf: split.tensors.count is 9", id="tensors-of-another"),
         pytest.param(edit(0, general__architecture=None), "general.architecture is missing", id="architecture"),
+        pytest.param(edit(0, general__architecture="a\x1b[2J"), r"architecture is 'a\x1b[2J', exp", id="terminal"),
+        pytest.param(edit(0, general__architecture="a" * 65), "expected up to 64 letters", id="long-architecture"),
         pytest.param(edit(0, deepseek2__block_count=0), "block_count is missing or 0", id="layers"),
         pytest.param(edit(0, deepseek2__block_count=-1), "block_count is -1, expected 0 to", id="negative"),
         pytest.param(edit(0, deepseek2__context_length="x"), "context_length is 'x', expected an integer", id="type"),
