@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils._gguf import (
+    ARCHITECTURE,
     FileSource,
     Header,
     Model,
@@ -36,6 +37,8 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._gguf import (
 )
 
 SCHEMA = 1
+# Of bytes, as of anything else that is counted here. Larger numbers would end the plan's arithmetic in floats.
+MAX_COUNT = (1 << 63) - 1
 _HASH_BLOCK = 8 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
@@ -116,7 +119,9 @@ def _matching(data: Mapping[str, Any], key: str, pattern: re.Pattern[str], wante
 def _count(data: Mapping[str, Any], key: str, where: str, least: int = 0) -> int:
     value = int(_field(data, key, int, where))
     if value < least:
-        raise ValueError(f"{where}{key}: found {value}, expected at least {least}")
+        raise ValueError(f"{where}{key}: found {value!r:.80}, expected at least {least}")
+    if value > MAX_COUNT:
+        raise ValueError(f"{where}{key}: found {value!r:.80}, expected at most {MAX_COUNT}")
     return value
 
 
@@ -139,7 +144,7 @@ def _parse_source(data: Mapping[str, Any]) -> HubSource | DirectorySource:
     where = "source."
     kind = _field(data, "type", str, where)
     if kind == "hub":
-        prefix = str(data.get("prefix", ""))
+        prefix = str(_field({"prefix": "", **data}, "prefix", str, where))
         return HubSource(
             endpoint=_matching(data, "endpoint", _ENDPOINT, "an http or https address", where).rstrip("/"),
             repo=_matching(data, "repo", REPO, "organisation/name", where),
@@ -158,6 +163,7 @@ def _parse_shards(items: Sequence[Any]) -> tuple[Shard, ...]:
     if not items:
         raise ValueError("shards: found none, expected at least one")
     shards: list[Shard] = []
+    seen: set[str] = set()
     for index, item in enumerate(items):
         where = f"shards[{index}]."
         if not isinstance(item, dict):
@@ -167,8 +173,9 @@ def _parse_shards(items: Sequence[Any]) -> tuple[Shard, ...]:
             bytes=_count(item, "bytes", where, 1),
             sha256=_matching(item, "sha256", _SHA256, "64 hexadecimal digits", where),
         )
-        if any(other.file == shard.file for other in shards):
+        if shard.file in seen:
             raise ValueError(f"{where}file: {shard.file!r} is there twice")
+        seen.add(shard.file)
         split = parse_split_name(shard.file)
         if split is None or split.count != len(items) or split.number != index + 1:
             raise ValueError(f"{where}file: found {shard.file!r}, expected shard {index + 1} of {len(items)} there")
@@ -195,9 +202,8 @@ def _parse_sums(data: Mapping[str, Any], key: str, label: str, counts: tuple[str
 
 def _parse_model(data: Mapping[str, Any], shard_count: int) -> Model:
     where = "gguf."
-    values: dict[str, Any] = {"architecture": str(_field(data, "architecture", str, where))}
-    if not values["architecture"]:
-        raise ValueError("gguf.architecture: found an empty text")
+    wanted = "up to 64 letters, digits and . _ -"
+    values: dict[str, Any] = {"architecture": _matching(data, "architecture", ARCHITECTURE, wanted, where)}
     for item in dataclasses.fields(Model):
         if item.type != "int":
             continue
@@ -226,7 +232,7 @@ def parse_manifest(data: Any) -> Manifest:
         raise ValueError(f"found {type(data).__name__}, expected an object")
     schema = _field(data, "schema", int, "")
     if schema != SCHEMA:
-        raise ValueError(f"schema: found {schema}, expected {SCHEMA}: write the lock anew with playbooks/lock.yml")
+        raise ValueError(f"schema: found {schema!r:.80}, expected {SCHEMA}: write the lock anew with playbooks/lock.yml")
     shards = _parse_shards(_field(data, "shards", list, ""))
     manifest = Manifest(
         name=check_name(str(_field(data, "name", str, ""))),

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,13 @@ def put(path: str, value: Any) -> Any:
         (put("gguf.kv_lora_rank", 0), "expected both for a model with MLA"),
         (put("gguf.tensor_bytes", 1 << 60), "expected at most the sum of the shards"),
         (put("gguf.tensor_types", [{"type": "Q8_0"}]), "gguf.tensor_types[0].tensors: missing"),
+        (put("gguf.layers", 10**400), "gguf.layers: found 1000"),
+        (put("gguf.architecture", ""), "gguf.architecture: found '', expected up to 64 letters"),
+        (put("gguf.architecture", "a\x1b[2J"), r"gguf.architecture: found 'a\x1b[2J', expected up to 64 letters"),
+        (
+            put("source", {"type": "hub", "endpoint": "https://x", "repo": "a/b", "commit": "0" * 40, "prefix": {}}),
+            "source.prefix: found {}, expected str",
+        ),
     ],
 )
 def test_damaged_locks_are_refused_by_field(change: Any, message: str, folder: Path) -> None:
@@ -154,6 +162,16 @@ def test_damaged_locks_are_refused_by_field(change: Any, message: str, folder: P
 def test_texts_that_are_no_lock(text: str) -> None:
     with pytest.raises(ValueError, match="found"):
         _manifest.parse_lock(text)
+
+
+def test_many_shards_cost_no_time(folder: Path) -> None:
+    data = lock(folder)
+    row = data["shards"][0]
+    data["shards"] = [{**row, "file": f"m-{number:05}-of-20000.gguf"} for number in range(1, 20001)]
+    data["gguf"]["split_count"] = 20000
+    start = time.process_time()
+    assert len(_manifest.parse_manifest(data).shards) == 20000
+    assert time.process_time() - start < 2
 
 
 @given(
