@@ -159,7 +159,9 @@ _FACT = "ansible_facts['cpullm_numa']"
 
 def _fact(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     value = data.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    # No machine has as much of anything, and a larger number would end the arithmetic in floats.
+    countable = not isinstance(value, int) or abs(value) < 1 << 63
+    if not isinstance(value, kind) or isinstance(value, bool) or not countable:
         found = "nothing" if value is None else f"{value!r:.60}"
         raise Refusal(
             f"{_FACT}{where}.{key}",

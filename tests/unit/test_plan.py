@@ -305,6 +305,12 @@ def broken(path: str, value: Any) -> dict[str, Any]:
             "socket: a copy of DeepSeek-R1-Q8_0 takes 668 pages of 1 GiB",
             id="laptop",
         ),
+        pytest.param(
+            {**machine([768]), "nodes": [{"node": 0, "memory_bytes": 10**400}]},
+            Overrides(),
+            "nodes[0].memory_bytes: found 1000000",
+            id="no-number-of-bytes",
+        ),
         pytest.param(machine([384, 384]), Overrides(), "found 384.00 GiB on socket 0", id="half-on-each-socket"),
         pytest.param(
             machine([690]),
@@ -469,6 +475,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     st.none()
     | st.booleans()
     | st.integers(-2, 2**70)
+    | st.just(10**400)
     | st.text(max_size=3)
     | st.just([])
     | st.just({})
