@@ -232,7 +232,9 @@ def parse_manifest(data: Any) -> Manifest:
         raise ValueError(f"found {type(data).__name__}, expected an object")
     schema = _field(data, "schema", int, "")
     if schema != SCHEMA:
-        raise ValueError(f"schema: found {schema!r:.80}, expected {SCHEMA}: write the lock anew with playbooks/lock.yml")
+        raise ValueError(
+            f"schema: found {schema!r:.80}, expected {SCHEMA}: write the lock anew with playbooks/lock.yml"
+        )
     shards = _parse_shards(_field(data, "shards", list, ""))
     manifest = Manifest(
         name=check_name(str(_field(data, "name", str, ""))),
