@@ -56,6 +56,11 @@ bench: setup ## Measure, and keep the results in bench/results/
 results: ## Show the kept results
 	@python3 tools/results.py
 
+.PHONY: fuzz
+fuzz: setup ## Look for inputs that break a parser: FUZZ_SECONDS=600 FUZZ_TARGET= FUZZ_JOBS=1 FUZZ_KEEP=
+	@PYTHONPATH=.collections tools/fuzz.sh --seconds $(or $(FUZZ_SECONDS),600) --jobs $(or $(FUZZ_JOBS),1) \
+	  --target '$(FUZZ_TARGET)' $(if $(FUZZ_KEEP),--keep)
+
 ## ---- upkeep
 
 .PHONY: collection report-picture lab-down clean

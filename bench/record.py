@@ -41,12 +41,17 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def commit() -> str:
+    """Return the commit that the clone is at, or an empty text outside of a clone."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CLONE, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def keep(name: str, command: Sequence[str], figures: dict[str, float], output: Path | None = None) -> Path:
     """Write the results, to ``bench/results/NAME.json`` by default, and return where they are."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CLONE, capture_output=True, text=True, check=False)
     result = {
         "name": name,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": machine(),
         "command": shlex.join(command),

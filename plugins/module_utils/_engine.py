@@ -107,7 +107,8 @@ def unpack(archive: str, destination: str, below: str = "", strip_top: bool = Fa
                 else:
                     _unpack_member(tar, member, os.path.join(destination, name))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{archive}: no readable tar archive: {error}") from error
+        # tarfile tells of each way to open an archive on a line of its own.
+        raise ValueError(f"{archive}: no readable tar archive: {' '.join(str(error).split())}") from error
     # Last, so that no file is ever written through a link.
     root = os.path.realpath(destination)
     for name, target in links:

@@ -191,11 +191,11 @@ class Record:
     @classmethod
     def from_json(cls, text: str) -> Record:
         """Return the record that to_json wrote; raises ValueError on anything else."""
-        data: Any = json.loads(text)
         try:
+            data: Any = json.loads(text)
             status = data.pop("status")
             return cls(status=None if status is None else Status(**status), **data)
-        except (TypeError, AttributeError, KeyError) as error:
+        except (TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"not a progress record: {error}") from error
 
 

@@ -90,7 +90,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     """Return the record of verified shards by file name; empty where there is none or it cannot be read."""
     try:
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

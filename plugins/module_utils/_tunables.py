@@ -120,7 +120,10 @@ def read_record(root: str, path: str) -> dict[str, str]:
     text = read_optional(root, path)
     if text is None:
         return {}
-    data: Any = json.loads(text)
+    try:
+        data: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
     if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
         raise ValueError(f"{path} is not a record of earlier values: remove it, and nothing is brought back")
     return data
