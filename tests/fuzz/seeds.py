@@ -103,6 +103,25 @@ def hugepages() -> Iterable[bytes]:
     yield b"MemTotal: 24646464 kB\nHardwareCorrupted: 0 kB\nHugepagesize: 2048 kB\n"
 
 
+def condition() -> Iterable[bytes]:
+    """Governors, errors and a sensor; a board's controller; a measured rate."""
+    edac, cpufreq = "sys/devices/system/edac/mc/mc0", "sys/devices/system/cpu/cpufreq/policy0"
+    files = {
+        f"{edac}/ce_count": "7",
+        f"{edac}/ue_count": "0",
+        f"{edac}/dimm0/dimm_ce_count": "7",
+        f"{edac}/dimm0/dimm_label": "P0_DIMMA0",
+        f"{cpufreq}/scaling_governor": "schedutil",
+        f"{cpufreq}/affected_cpus": "0 16",
+        "sys/class/hwmon/hwmon0/name": "spd5118",
+        "sys/class/hwmon/hwmon0/temp1_input": "91250",
+        "sys/class/hwmon/hwmon0/temp1_crit": "85000",
+    }
+    yield "".join(f"== /{path}\n{text}\n" for path, text in files.items()).encode()
+    yield b"P1-DIMMA1 Temp   | 40h | ok  | 32.64 | 48 degrees C\nP1-DIMMB1 Temp   | 41h | ns  | 32.65 | No Reading\n"
+    yield json.dumps({"gbs": 2.5, "gbs_min": 2.0, "gbs_max": 3.0, "threads": 2, "bytes": 1 << 30}).encode()
+
+
 def cmdline() -> Iterable[bytes]:
     """A command line with pages on two nodes, and the kernel that knows it."""
     yield CMDLINE + b"6.1.0-40-amd64"
@@ -178,7 +197,22 @@ def engine() -> Iterable[bytes]:
 
 SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     seeds.__name__: seeds
-    for seeds in (gguf, lock, plan, hub, smbios, numa, hugepages, cmdline, grub, settings, serving, progress, engine)
+    for seeds in (
+        gguf,
+        lock,
+        plan,
+        hub,
+        smbios,
+        numa,
+        hugepages,
+        condition,
+        cmdline,
+        grub,
+        settings,
+        serving,
+        progress,
+        engine,
+    )
 }
 
 

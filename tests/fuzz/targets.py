@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils import (
+    _bandwidth,
     _build,
     _cmdline,
+    _condition,
     _engine,
     _gguf,
     _grub,
@@ -338,6 +340,22 @@ def hugepages(data: bytes) -> None:
         _hugepages.unescape(word)
 
 
+def condition(data: bytes) -> None:
+    """A tree of /sys, what ipmitool prints, or what cpullm-bandwidth does."""
+    if data.startswith(b"== /"):
+        with tree(data) as root:
+            found = _condition.gather("/", root, (259, 0))
+        _manifest_dummy, numa, planned = published()
+        json.dumps(_judgement.judge(_judgement.Host(numa, planned, condition=found)))
+        return
+    text = text_of(data)
+    for row in _condition.parse_ipmi_temperatures(text):
+        assert row.sensor and abs(row.celsius) < 1000
+    measured = refused(_bandwidth.parse_measurement, text)
+    if measured is not None:
+        assert 0 < measured.gbs_min <= measured.gbs <= measured.gbs_max
+
+
 def cmdline(data: bytes) -> None:
     """A kernel command line and a kernel's release."""
     line, _newline, release = text_of(data).partition("\n")
@@ -544,6 +562,14 @@ TARGETS: dict[str, Target] = {
     ),
     "hugepages": Target(
         hugepages, 1 << 13, (*_PROC, "hugetlbfs", "pagesize=1024M", "hugepages-1048576kB", "nr_hugepages")
+    ),
+    "condition": Target(
+        condition,
+        1 << 13,
+        (
+            *("/sys/devices/system/edac/mc/mc0/ce_count", "/sys/class/hwmon/hwmon0/name", "spd5118", "temp1_input"),
+            *("/sys/devices/system/cpu/cpufreq/policy0/scaling_governor", "/affected_cpus", " | 48 degrees C", '"gbs"'),
+        ),
     ),
     "cmdline": Target(cmdline, 1 << 12, _HUGE),
     "grub": Target(
