@@ -183,7 +183,9 @@ def parse_machine(numa: Any) -> Machine:
     if not isinstance(numa, Mapping):
         raise Refusal(_FACT, "nothing", "the fact", "Gather it with cpullm.epyc.numa_facts before the plan.")
     if not numa.get("readable"):
-        reason = str(numa.get("reason") or "no reason given")
+        # The reason comes from the host, and goes to a terminal.
+        told = str(numa.get("reason") or "no reason given")[:500]
+        reason = "".join(letter if letter.isprintable() else "?" for letter in told)
         raise Refusal(
             f"{_FACT}.readable", f"false ({reason})", "true", "Gather it as root on a Linux host with /proc and /sys."
         )

@@ -46,7 +46,7 @@ def _change(root: list[Any], chance: random.Random) -> None:
         value.insert(chance.randrange(len(value) + 1), copy.deepcopy(chance.choice(value)))
     elif kind == 3 and isinstance(value, int):
         container[key] = chance.choice(
-            (value + 1, value - 1, value * 2, -value, value << 20, 2.5 * min(value, 1 << 99))
+            (value + 1, value - 1, value * 2, -value, value << 20, 2.5 * max(min(value, 1 << 99), -1 << 99))
         )
     elif kind == 3 and isinstance(value, str):
         at = chance.randrange(len(value) + 1)

@@ -287,6 +287,9 @@ def broken(path: str, value: Any) -> dict[str, Any]:
             "found false (no /sys), expected true",
             id="unreadable",
         ),
+        pytest.param(
+            {"readable": False, "reason": "\x1b[2J\n"}, Overrides(), "found false (?[2J?), expected true", id="escapes"
+        ),
         pytest.param(broken("cpu", None), Overrides(), "['cpullm_numa'].cpu: found nothing", id="no-cpu"),
         pytest.param(broken("sockets", []), Overrides(), ".sockets: found an empty list", id="no-socket"),
         pytest.param(
