@@ -525,8 +525,9 @@ def draw(roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...], meas
 
     depths = sorted({depth for points, _kind, _colour in roofs for depth, _rate in points} | {0})
     # Attention alone allows hundreds of tokens/s of a short context: its roof enters where it comes near the others.
-    empty = [rate for points, _kind, _colour in roofs for depth, rate in points if depth == 0]
-    highest = max([*empty, *measured]) if empty else max(rate for points, _kind, _colour in roofs for _, rate in points)
+    drawn = [point for points, _kind, _colour in roofs for point in points]
+    empty = [rate for depth, rate in drawn if depth == 0]
+    highest = max([*(empty or [rate for _depth, rate in drawn]), *measured])
     top = highest * 1.12 or 1
     plain = mpl.rc_context(
         {
