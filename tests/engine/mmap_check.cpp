@@ -31,6 +31,7 @@
 #include <cstring>
 #include <fstream>
 #include <iostream>
+#include <mutex>
 #include <set>
 #include <string>
 #include <thread>
@@ -101,15 +102,20 @@ ssize_t __wrap_pread(int fd, void * buf, size_t len, off_t offset) {
         }
         len = len > 100000 ? 100000 : len;
     }
-    if (fault("truncate", value) && call == 0 && truncate(g_file, value) != 0) {
-        abort();
-    }
-    if (fault("touch", value) && call == 0) {
-        const int other = open(g_file, O_WRONLY);
-        if (other == -1 || pwrite(other, "x", 1, 0) != 1 || close(other) != 0) {
+    // Every reader waits here for the first one: what is meant to happen at the first read has happened before any other.
+    static std::once_flag first;
+    std::call_once(first, [] {
+        uint64_t bytes;
+        if (fault("truncate", bytes) && truncate(g_file, bytes) != 0) {
             abort();
         }
-    }
+        if (fault("touch", bytes)) {
+            const int other = open(g_file, O_WRONLY);
+            if (other == -1 || pwrite(other, "x", 1, 0) != 1 || close(other) != 0) {
+                abort();
+            }
+        }
+    });
     if (fault("no-direct", value) && (fcntl(fd, F_GETFL) & O_DIRECT)) {
         errno = EINVAL;
         return -1;
