@@ -18,6 +18,7 @@ from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils._gguf import Model
 from ansible_collections.cpullm.epyc.plugins.module_utils._manifest import Manifest, source_to_data
+from ansible_collections.cpullm.epyc.plugins.module_utils._text import printable
 
 SCHEMA = 1
 KIB = 1 << 10
@@ -184,8 +185,7 @@ def parse_machine(numa: Any) -> Machine:
         raise Refusal(_FACT, "nothing", "the fact", "Gather it with cpullm.epyc.numa_facts before the plan.")
     if not numa.get("readable"):
         # The reason comes from the host, and goes to a terminal.
-        told = str(numa.get("reason") or "no reason given")[:500]
-        reason = "".join(letter if letter.isprintable() else "?" for letter in told)
+        reason = printable(numa.get("reason") or "no reason given")
         raise Refusal(
             f"{_FACT}.readable", f"false ({reason})", "true", "Gather it as root on a Linux host with /proc and /sys."
         )
@@ -234,7 +234,7 @@ def choose_isa(flags: frozenset[str], wish: str | None) -> tuple[str, str]:
     missing = {name: sorted(set(needed) - flags) for name, needed in ISA_FLAGS}
     if wish is not None:
         if wish not in missing:
-            raise Refusal("host_plan_isa", repr(wish), f"one of {', '.join(missing)}", "Leave it out.")
+            raise Refusal("host_plan_isa", f"{wish!r:.80}", f"one of {', '.join(missing)}", "Leave it out.")
         if missing[wish]:
             raise Refusal(
                 "host_plan_isa",
@@ -356,7 +356,7 @@ def kernel_arguments(pages: Sequence[tuple[int, int]], node_count: int, release:
             return [*size, f"hugepages={sum(count for _dummy, count in wanted)}"]
         raise Refusal(
             f"{_FACT}.kernel.release",
-            release,
+            printable(release, 80),
             "5.16 or later, for pages that differ between nodes",
             "Install a newer kernel, or serve on all sockets alike.",
         )
@@ -367,7 +367,7 @@ def _check_overrides(overrides: Overrides, model: Model) -> str:
     """Return the type of the V cache; raises Refusal for a wish that is no wish for anything."""
 
     def refuse(name: str, found: object, expected: str) -> Refusal:
-        return Refusal(f"host_plan_{name}", repr(found), expected, "Correct it, or leave it out.")
+        return Refusal(f"host_plan_{name}", f"{found!r:.80}", expected, "Correct it, or leave it out.")
 
     if not 1 <= overrides.slots <= MAX_SLOTS:
         raise refuse("slots", overrides.slots, f"1 to {MAX_SLOTS}")
@@ -384,7 +384,7 @@ def _check_overrides(overrides: Overrides, model: Model) -> str:
     if model.mla and overrides.cache_type_v not in (None, overrides.cache_type_k):
         raise Refusal(
             "host_plan_cache_type_v",
-            repr(overrides.cache_type_v),
+            f"{overrides.cache_type_v!r:.80}",
             f"{overrides.cache_type_k!r}, as host_plan_cache_type_k",
             "llama.cpp takes one type for both where a model uses MLA; leave it out.",
         )

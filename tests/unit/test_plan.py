@@ -219,6 +219,8 @@ def test_shared_weights_leave_room_for_a_second_server() -> None:
 def test_an_old_kernel_spreads_evenly_or_is_refused() -> None:
     even = make_plan(machine([768, 768], release="5.15.0-100-generic"), manifest(), Overrides())
     assert even["kernel_arguments"][2] == "hugepages=1336"
+    with pytest.raises(Refusal, match=r"release: found 5\.15\?\[2J, expected 5.16 or later"):
+        make_plan(machine([768, 1536], release="5.15\x1b[2J"), manifest(), Overrides(instances=1))
     with pytest.raises(Refusal, match=r"release: found 5.15.0-100-generic, expected 5.16 or later"):
         make_plan(machine([768, 768], release="5.15.0-100-generic"), manifest(), Overrides(instances=1))
 
