@@ -29,6 +29,7 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._manifest import (
     check_prefix,
     choose_shards,
 )
+from ansible_collections.cpullm.epyc.plugins.module_utils._text import printable
 
 MAX_ANSWER_BYTES = 64 << 20
 MAX_PAGES = 1000
@@ -38,7 +39,10 @@ _LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 
 
 class HubError(Exception):
-    """The hub could not be asked, or did not answer as a hub does."""
+    """The hub could not be asked, or did not answer as a hub does; shown without control characters."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, 2000))
 
 
 def _origin(address: str) -> tuple[str, str]:
@@ -134,7 +138,8 @@ class Hub:
                 problem = str(error.reason)
                 if "CERTIFICATE_VERIFY_FAILED" in problem:
                     raise HubError(f"{shown}: the certificate could not be verified: {problem}") from None
-            except (OSError, http.client.HTTPException) as error:
+            # A redirect to what is no address ends in a ValueError of urllib's.
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = str(error) or type(error).__name__
             if attempt < self._attempts:
                 self._sleep(min(MAX_WAIT_S, pause if pause is not None else 0.5 * 2 ** (attempt - 1)))
@@ -181,8 +186,12 @@ class Hub:
             following = next_page(headers.get("Link"))
             if following is None:
                 return found
-            following = urllib.parse.urljoin(address, following)
-            if _origin(following) != _origin(self.endpoint):
+            try:
+                following = urllib.parse.urljoin(address, following)
+                elsewhere = _origin(following) != _origin(self.endpoint)
+            except ValueError:
+                raise HubError(f"{_plain(address)}: the next page has no address: {following!r:.80}") from None
+            if elsewhere:
                 raise HubError(f"{_plain(address)}: the next page is on another host, {_plain(following)}")
             address = following
         raise HubError(f"{base}: the tree has more than {MAX_PAGES} pages")
@@ -265,11 +274,11 @@ def manifest_of_repo(
     for index, file in enumerate(files):
         told(file.path, index, len(files))
         if file.sha256 is None:
-            raise ValueError(f"{file.path}: the hub states no sha256 for it")
+            raise ValueError(f"{printable(file.path)}: the hub states no sha256 for it")
         try:
             header = read_header(hub.source(repo, commit, file))
         except ValueError as error:
-            raise ValueError(f"{file.path}: {error}") from None
+            raise ValueError(f"{printable(file.path)}: {error}") from None
         shards.append((Shard(file.path[len(prefix) :], file.bytes, file.sha256), header))
     told(files[-1].path, len(files), len(files))
     return build_manifest(name or stem, HubSource(hub.endpoint, repo, commit, check_prefix(prefix)), shards)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._gguf import (
     parse_split_name,
     read_header,
 )
+from ansible_collections.cpullm.epyc.plugins.module_utils._text import printable
 
 SCHEMA = 1
 # Of bytes, as of anything else that is counted here. Larger numbers would end the plan's arithmetic in floats.
@@ -304,23 +306,24 @@ def choose_shards(files: Sequence[Candidate], pattern: str | None) -> tuple[str,
     if not models:
         raise ValueError(f"found no GGUF file among {len(files)} files{wanted}")
     if len(models) > 1:
-        names = sorted(folder + stem for folder, stem in models)
+        names = sorted(printable(folder + stem, 200) for folder, stem in models)
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         raise ValueError(f"found {len(names)} models{wanted}, expected one; narrow the pattern: {shown}")
     ((folder, stem), rows) = next(iter(models.items()))
+    where = printable(folder + stem, 200)
     counts = sorted({split.count for split, _file in rows})
     if len(counts) > 1:
-        raise ValueError(f"{folder}{stem}: found shards of {' and of '.join(map(str, counts))}, expected one count")
+        raise ValueError(f"{where}: found shards of {' and of '.join(map(str, counts[:5]))}, expected one count")
     count = counts[0]
-    numbers = sorted(split.number for split, _file in rows)
-    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    numbers = Counter(split.number for split, _file in rows)
+    twice = sorted(number for number, times in numbers.items() if times > 1)
     missing = sorted(set(range(1, count + 1)) - set(numbers)) if count <= 10000 else []
     foreign = sorted(number for number in numbers if not 1 <= number <= count)
     for what, bad in (("twice", twice), ("missing", missing), ("beyond the count", foreign)):
         if bad:
-            raise ValueError(f"{folder}{stem}: of {count} shards {bad[:20]} {what}")
+            raise ValueError(f"{where}: of {count} shards {bad[:20]} {what}")
     if len(rows) != count:
-        raise ValueError(f"{folder}{stem}: found {len(rows)} shards, expected {count}")
+        raise ValueError(f"{where}: found {len(rows)} shards, expected {count}")
     return stem, check_prefix(folder), tuple(file for _split, file in sorted(rows, key=lambda row: row[0].number))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,40 @@ def test_lasting_faults_end_with_the_address(fault: Fault, message: str, server:
         resolve(server)
     assert "127.0.0.1" in str(caught.value)
     assert "Signature" not in str(caught.value)
+
+
+def test_what_a_hub_says_comes_without_control_characters(folder: Path) -> None:
+    (folder / "Q8_0" / "x\x1b[2J.gguf").write_bytes(b"GGUF")
+    with hub.Hub() as server:
+        server.add("org/name", folder)
+        with pytest.raises(ValueError, match="narrow the pattern: Q8_0/tiny, Q8_0/x") as caught:
+            resolve(server)
+        assert r"x?[2J" in str(caught.value)
+    assert str(HubError("HTTP 503 \x1b[2J\nbusy")) == "HTTP 503 ?[2J?busy"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        pytest.param('200 OK\r\nLink: <http://[>; rel="next"', "the next page has no address: 'http://\\['", id="page"),
+        pytest.param("302 Found\r\nLocation: http://[/", "Invalid IPv6 URL, after 1 attempts", id="redirect"),
+    ],
+)
+def test_what_is_no_address(answer: str, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _peer = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 2\r\n\r\n[]".encode())
+
+        server = threading.Thread(target=serve)
+        server.start()
+        asked = _hub.Hub(f"http://127.0.0.1:{listener.getsockname()[1]}", attempts=1)
+        with pytest.raises(HubError, match=message):
+            asked.files("org/name", "ab" * 20)
+        server.join()
 
 
 def test_wrong_bytes_in_the_header_are_named(server: hub.Hub) -> None:

@@ -228,6 +228,8 @@ def test_choose_the_shards_of_a_folder_in_order() -> None:
         pytest.param(series("a", 99999, 1), None, "found 1 shards, expected 99999", id="huge-count"),
         pytest.param(series("a", 0, 1), None, "a: of 0 shards [1] beyond the count", id="zero-count"),
         pytest.param(series("a", 2, 0, 1, 2), None, "a: of 2 shards [0] beyond the count", id="zero-number"),
+        pytest.param(series("a\x1b[2J", 2, 1), None, "a?[2J: of 2 shards [2] missing", id="escapes"),
+        pytest.param(files("a\n.gguf", "b.gguf"), None, "narrow the pattern: a?, b", id="two-with-escapes"),
     ],
 )
 def test_no_choice(given_files: list[Candidate], pattern: str | None, message: str) -> None:
