@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import read_optional
+from ansible_collections.cpullm.epyc.plugins.module_utils._text import printable
 
 ROOTS = ("/proc/sys/", "/sys/")
 # Read in the order of their names, and of two equal names the first folder's; sysctl.d(5).
@@ -54,8 +55,8 @@ def parse_value(text: str) -> tuple[str, tuple[str, ...]]:
 
 def expand(root: str, path: str) -> list[str]:
     """Return the existing files that a path with or without `*` names, in order; raises ValueError outside ROOTS."""
-    if not path.startswith(ROOTS) or ".." in path.split("/"):
-        raise ValueError(f"{path}: expected a file below {' or '.join(ROOTS)}")
+    if not path.startswith(ROOTS) or ".." in path.split("/") or not path.isprintable():
+        raise ValueError(f"{printable(path)}: expected a file below {' or '.join(ROOTS)}")
     base = root.rstrip("/")
     names = [name[len(base) :] for name in glob.glob(glob.escape(base) + path)] if "*" in path else [path]
     return sorted(name for name in names if os.path.isfile(base + name))

@@ -96,9 +96,11 @@ def test_optional_may_be_absent(root: str) -> None:
     assert _tunables.survey(root, [Setting("/proc/sys/vm/none", "1", optional=True)]) == ([], [])
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/sys/../etc/passwd", "relative", "/proc/sys/../../etc/x"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "/sys/../etc/passwd", "relative", "/proc/sys/../../etc/x", "/sys/\0/*", "/sys/\x1b[2J"]
+)
 def test_other_files_are_out_of_reach(root: str, path: str) -> None:
-    with pytest.raises(ValueError, match="expected a file below /proc/sys/ or /sys/"):
+    with pytest.raises(ValueError, match=r"^[ -~]+: expected a file below /proc/sys/ or /sys/$"):
         _tunables.survey(root, [Setting(path, "1")])
 
 
