@@ -76,7 +76,7 @@ def parse_release(release: str) -> tuple[int, int]:
     """Return major and minor of a kernel release such as `6.1.0-40-amd64`; raises ValueError."""
     match = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", release)
     if not match:
-        raise ValueError(f"kernel release {release!r} does not start with two numbers")
+        raise ValueError(f"kernel release {release!r:.80} does not start with two numbers")
     return int(match[1]), int(match[2])
 
 
