@@ -7,8 +7,11 @@ Needs atheris alone beside the clone; tools/fuzz.py starts it, and watches over 
 
 from __future__ import annotations
 
+import functools
 import shlex
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import atheris
@@ -31,6 +34,15 @@ def _mutate_json(data: bytes, longest: int, seed: int) -> bytes:
     return atheris.Mutate(data, longest) if changed is None or len(changed) > longest else changed
 
 
+def _run(run: Callable[[bytes], None], data: bytes) -> None:
+    """Call a target; its error ends the process, which libFuzzer's timer must not do before the input is written."""
+    try:
+        run(data)
+    except BaseException:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise
+
+
 def main() -> None:
     """Hand over to libFuzzer, which ends the process itself."""
     name = sys.argv[1]
@@ -38,7 +50,7 @@ def main() -> None:
     # libFuzzer starts itself again for a merge, by this word and a shell.
     again = f"{shlex.quote(sys.executable)} -m tests.fuzz.run {name}"
     options = {"custom_mutator": _mutate_json} if target.json else {}
-    atheris.Setup([again, f"-max_len={target.longest}", *sys.argv[2:]], target.run, **options)
+    atheris.Setup([again, f"-max_len={target.longest}", *sys.argv[2:]], functools.partial(_run, target.run), **options)
     atheris.Fuzz()
 
 
