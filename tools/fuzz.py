@@ -6,13 +6,15 @@
 A target fails when an input raises (a promise of tests/fuzz/targets.py is broken), takes longer than TIMEOUT_S, or
 takes more than MEMORY_MIB, and when the process grows from the second to the last quarter of its time by more than
 GROWTH_MIB. What was found goes on growing in $CPULLM_CACHE/fuzz/TARGET, so that a later run starts where this one
-stopped. Failing inputs and libFuzzer's logs are in build/fuzz/.
+stopped. A target's figures stay in the results until its parsers change: a run in pieces gives the same file as a whole
+one. Failing inputs and libFuzzer's logs are in build/fuzz/.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import inspect
 import json
 import os
 import random
@@ -24,21 +26,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CLONE = Path(__file__).resolve().parent.parent
 for entry in (CLONE, CLONE / ".collections"):
     sys.path.insert(0, str(entry))
 
 from bench import record  # noqa: E402  (the clone is not installed)
+from tests.fuzz import targets  # noqa: E402
 from tests.fuzz.targets import TARGETS  # noqa: E402
 
 KEPT = CLONE / "tests" / "fuzz" / "corpus"
 CACHE = Path(os.environ.get("CPULLM_CACHE", Path.home() / ".cache" / "cpullm")) / "fuzz"
 LOGS = CLONE / "build" / "fuzz"
 RESULT = CLONE / "bench" / "results" / "fuzz.json"
+MODULES = CLONE / "plugins" / "module_utils"
 
 TIMEOUT_S = 10
 MEMORY_MIB = 1024
@@ -173,12 +178,41 @@ def fuzz(target: str, seconds: float) -> Outcome:
     )
 
 
+def sources(target: str) -> set[str]:
+    """Return what decides how a target ends, as paths in the clone: the harness, and each module that is named.
+
+    Modules are followed by name, from the target's function through its helpers and from module to module.
+    """
+    found = {"tests/fuzz/targets.py", "tests/fuzz/run.py", "tests/fuzz/mutate.py"}
+    seen: set[str] = set()
+    todo = [TARGETS[target].run.__name__]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        module = MODULES / f"{name}.py"
+        if module.exists():
+            found.add(str(module.relative_to(CLONE)))
+            todo += re.findall(r"(?<!\w)_\w+", module.read_text(encoding="utf-8"))
+        elif getattr(vars(targets).get(name), "__module__", None) == targets.__name__:
+            todo += re.findall(r"(?<![.\w])(?:_\w+|\w+(?=\())", inspect.getsource(vars(targets)[name]))
+    return found
+
+
+def still_true(before: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a result that this machine would find again: of targets whose sources are the same."""
+    command = ["git", "diff", "--name-only", before["commit"]]
+    done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
+    if before["machine"] != record.machine() or not before["commit"] or done.returncode:
+        return {}
+    same = [target for target in TARGETS if not sources(target) & set(done.stdout.splitlines())]
+    return {name: figure for name, figure in before["figures"].items() if name.startswith(tuple(f"{t}_" for t in same))}
+
+
 def keep_figures(outcomes: Sequence[Outcome], command: Sequence[str]) -> None:
-    """Write the figures; those of targets that did not run now stay where they are of the same commit."""
-    figures: dict[str, float] = {}
-    if RESULT.exists():
-        before = json.loads(RESULT.read_text(encoding="utf-8"))
-        figures = before["figures"] if before["commit"] == record.commit() else {}
+    """Write the figures; those of targets that did not run now stay where they still hold."""
+    figures = still_true(json.loads(RESULT.read_text(encoding="utf-8"))) if RESULT.exists() else {}
     for outcome in outcomes:
         figures.update(outcome.figures())
     record.keep("fuzz", command, dict(sorted(figures.items())))
