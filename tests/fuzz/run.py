@@ -34,11 +34,22 @@ def _mutate_json(data: bytes, longest: int, seed: int) -> bytes:
     return atheris.Mutate(data, longest) if changed is None or len(changed) > longest else changed
 
 
+# CPU time for one input. libFuzzer's own limit counts by the clock, which a busy machine lets pass.
+LIMIT_S = 10.0
+
+
+def _end(_signal: int, _frame: object) -> None:
+    raise TimeoutError(f"an input took more than {LIMIT_S:g} s of CPU time")
+
+
 def _run(run: Callable[[bytes], None], data: bytes) -> None:
     """Call a target; its error ends the process, which libFuzzer's timer must not do before the input is written."""
     try:
+        signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
         run(data)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     except BaseException:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise
 
@@ -51,6 +62,7 @@ def main() -> None:
     again = f"{shlex.quote(sys.executable)} -m tests.fuzz.run {name}"
     options = {"custom_mutator": _mutate_json} if target.json else {}
     atheris.Setup([again, f"-max_len={target.longest}", *sys.argv[2:]], functools.partial(_run, target.run), **options)
+    signal.signal(signal.SIGPROF, _end)
     atheris.Fuzz()
 
 
