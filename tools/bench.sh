@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the engine for this machine, makes a random model in the cache, and runs every benchmark on them.
+# Builds the engine for this machine, makes a random model in the cache, and runs the benchmarks that need them; then the
+# controller's own. Options are those of bench.load_anonymous.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${CPULLM_CACHE:=$HOME/.cache/cpullm}"
@@ -13,3 +14,4 @@ if [ ! -e "$model/complete" ]; then
 fi
 first=$(find "$model" -name '*-00001-of-*.gguf')
 python -m bench.load_anonymous --engine "$CPULLM_CACHE/engine/current/bin" --model "$first" "$@"
+python -m bench.plan_scale

@@ -4,10 +4,11 @@
 """Fuzz the targets of tests/fuzz/targets.py for some CPU time each, and write bench/results/fuzz.json.
 
 A target fails when an input raises (a promise of tests/fuzz/targets.py is broken), takes more CPU time than
-tests/fuzz/run.py allows or TIMEOUT_S by the clock, or takes more than MEMORY_MIB, and when the process grows from the second to the last quarter of its time by more than
-GROWTH_MIB. What was found goes on growing in $CPULLM_CACHE/fuzz/TARGET, so that a later run starts where this one
-stopped. A target's figures stay in the results until its parsers change: a run in pieces gives the same file as a whole
-one. Failing inputs and libFuzzer's logs are in build/fuzz/.
+tests/fuzz/run.py allows or TIMEOUT_S by the clock, or takes more than MEMORY_MIB, and when the process grows from the
+second to the last quarter of its time by more than GROWTH_MIB. What was found goes on growing in
+$CPULLM_CACHE/fuzz/TARGET, so that a later run starts where this one stopped. A target's figures stay in the results
+until its parsers change: a run in pieces gives the same file as a whole one. Failing inputs and libFuzzer's logs are in
+build/fuzz/.
 """
 
 from __future__ import annotations
