@@ -91,7 +91,7 @@ def patched_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert found == SDIST_SHA256, f"{archive}: sha256 {found}, expected {SDIST_SHA256}"
     root = tmp_path_factory.mktemp("source")
     top = f"{SDIST}/vendor/llama.cpp/"
-    wanted = tuple(f"{top}{folder}/" for folder in ("src", "include", "ggml/include", "tools/server"))
+    wanted = tuple(f"{top}{folder}/" for folder in ("src", "include", "ggml", "tools/server"))
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.isfile() and member.name.startswith(wanted)]
         for member in members:
