@@ -20,7 +20,7 @@ _BOOT_ID = re.compile(r"^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.MULTI
 _LOOK = "cat /proc/sys/kernel/random/boot_id; systemctl is-system-running 2>/dev/null || true"
 # The request must end, and its answer arrive, before the network goes. systemd's own timer outlives the session; a
 # host without one gets a process of its own session.
-_REQUEST = (
+REQUEST = (
     "if [ -d /run/systemd/system ]; then"
     " systemd-run --quiet --collect --on-active=2s --timer-property=AccuracySec=200ms systemctl {verb};"
     " else setsid sh -c 'sleep 2; {plain}' </dev/null >/dev/null 2>&1 & fi"
@@ -58,7 +58,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         with Reporter(host, args["title"]) as reporter:
             reporter.tell_clock("asking for it", args["expected_s"])
             request = self._low_level_execute_command(
-                _REQUEST.format(verb="reboot", plain="reboot || shutdown -r now"), sudoable=True
+                REQUEST.format(verb="reboot", plain="reboot || shutdown -r now"), sudoable=True
             )
             if request["rc"] != 0:
                 raise AnsibleActionFail(

@@ -12,7 +12,11 @@ HUGEPAGE_NAMES = ("default_hugepagesz", "hugepagesz", "hugepages", "hugetlb_free
 # `hugepages=<node>:<n>,...` is understood since this kernel; an older one reads it as no number and reserves nothing.
 PER_NODE_SINCE = (5, 16)
 
-_NAMED = re.compile(r"(?<![A-Za-z0-9_.-])(?:" + "|".join(HUGEPAGE_NAMES) + r")=[^\s\"'\\]*")
+# The kernel takes `-` and `_` for the same in a name.
+_NAMES = "|".join(name.replace("_", "[-_]") for name in HUGEPAGE_NAMES)
+_NAMED = re.compile(rf"(?<![A-Za-z0-9_.-])(?:{_NAMES})=[^\s\"'\\]*")
+# The same for sed: what stands between blanks, with the blanks before it.
+SED_HUGEPAGES = rf"s/(^|[[:space:]]+)({_NAMES})=[^[:space:]]*//g"
 
 
 def split(text: str) -> list[str]:
@@ -47,6 +51,11 @@ def hugepage_arguments(arguments: Iterable[str]) -> list[str]:
 def find_hugepage_arguments(text: str) -> list[str]:
     """Return the huge page arguments that appear anywhere in a line of a shell file, quoted or not."""
     return _NAMED.findall(text)
+
+
+def without_hugepage_arguments(text: str) -> str:
+    """Return a command line without its huge page arguments, the rest as it was written."""
+    return re.sub(rf"(?:^|\s+)(?:{_NAMES})=[^\s\"']*(?=\s|$)", "", text)
 
 
 def is_subsequence(wanted: Sequence[str], arguments: Iterable[str]) -> bool:

@@ -71,6 +71,7 @@ class Wanted:
     pages: tuple[tuple[int, int], ...] = ()
     arguments: tuple[str, ...] = ()
     reserve_bytes: int = 0
+    takeover: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,24 @@ class Host:
     boot_free_bytes: int | None = None
 
 
-def render_drop_in(arguments: Sequence[str]) -> str:
-    """Return the drop-in's text: it adds to what other files set, and takes nothing away."""
+# The running command line of a trial boot names the trial.
+MARK = "cpullm.trial="
+
+TAKEOVER = """\
+#
+# grub_hugepages_takeover: what files read before this one say of huge pages is left out of both variables. Those files
+# stay as they are, and without this one they count again.
+""" + "".join(
+    f"""{name}=$(printf '%s\\n' "${name}" | sed -E '{_cmdline.SED_HUGEPAGES}')\n"""
+    for name in ("GRUB_CMDLINE_LINUX", "GRUB_CMDLINE_LINUX_DEFAULT")
+)
+
+
+def render_drop_in(arguments: Sequence[str], takeover: bool = False) -> str:
+    """Return the drop-in's text: it adds to what other files set, and takes away only what it is to take over."""
     return (
         HEADER
+        + (TAKEOVER if takeover else "")
         + 'GRUB_CMDLINE_LINUX_DEFAULT="${GRUB_CMDLINE_LINUX_DEFAULT:+$GRUB_CMDLINE_LINUX_DEFAULT }'
         + " ".join(arguments)
         + '"\n'
@@ -305,7 +320,18 @@ def foreign_running(host: Host) -> list[str]:
     running = _cmdline.hugepage_arguments(host.running)
     known = [_cmdline.hugepage_arguments(drop_in_arguments(host.drop_in)), *map(list, host.ours)]
     # Conflicts in files explain them, and are refused by themselves.
-    return [] if not running or running in known or host.conflicts else running
+    return [] if not running or running in known or host.conflicts or on_trial(host.running) else running
+
+
+def on_trial(running: Sequence[str]) -> str | None:
+    """Return the id of the trial that the running command line names, or None."""
+    found = [argument[len(MARK) :] for argument in running if argument.startswith(MARK)]
+    return found[-1] if found else None
+
+
+def taken_over(place: Place) -> bool:
+    """Return whether our drop-in is read after a file, and so can leave out what that one sets."""
+    return place.file == DEFAULTS or os.path.basename(place.file) < os.path.basename(DROP_IN)
 
 
 def findings(host: Host, wanted: Wanted) -> list[str]:
@@ -351,7 +377,9 @@ def findings(host: Host, wanted: Wanted) -> list[str]:
     found += [
         f"{place}: huge page arguments that are not ours. The kernel takes the first hugepagesz= of a size and ignores "
         "the second with its pages: remove them there"
+        + (", or set grub_hugepages_takeover: true to have them left out" if taken_over(place) else "")
         for place in host.conflicts
+        if not (wanted.takeover and taken_over(place))
     ]
     found += [
         f"{place}: read after {DROP_IN}, it sets anew what ours adds to: give it a name that sorts before 60, or let "
@@ -385,7 +413,7 @@ def survey(host: Host, wanted: Wanted) -> dict[str, Any]:
         "arguments": list(wanted.arguments),
         "running": _cmdline.hugepage_arguments(host.running),
         "running_right": running_right,
-        "configured": configured and host.drop_in == render_drop_in(wanted.arguments),
+        "configured": configured and host.drop_in == render_drop_in(wanted.arguments, wanted.takeover),
         "reboot_required": not external and not running_right,
         "pools": pages_found(host, wanted),
         "pools_right": not faults,
@@ -412,13 +440,13 @@ class Change:
         return self.regenerate or self.drop_in_before != self.drop_in_after
 
 
-def plan(host: Host, arguments: Sequence[str] | None) -> Change:
+def plan(host: Host, arguments: Sequence[str] | None, takeover: bool = False) -> Change:
     """Return the way from the host's GRUB to one with these arguments, or (None) to one without a drop-in of ours.
 
     The generated file is compared, not remembered: a run that died between drop-in and grub.cfg is made good by the
     next one.
     """
-    after = None if arguments is None else render_drop_in(arguments)
+    after = None if arguments is None else render_drop_in(arguments, takeover)
     wanted = tuple(arguments or ())
     regenerate = host.drop_in != after
     before: list[str] = []

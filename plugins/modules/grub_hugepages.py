@@ -33,6 +33,12 @@ options:
     description: Kernel arguments, in order. Needed with O(state=present).
     type: list
     elements: str
+  takeover:
+    description:
+      - Whether the drop-in also leaves out what F(/etc/default/grub) and drop-ins before it say of huge pages. Those
+        files stay as they are, and O(state=absent) lets them count again.
+    type: bool
+    default: false
   state:
     description: V(absent) removes the drop-in and regenerates, which brings back the command line from before.
     type: str
@@ -82,6 +88,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "arguments": {"type": "list", "elements": "str"},
+            "takeover": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         required_if=[("state", "present", ["arguments"])],
@@ -105,7 +112,7 @@ def main() -> None:
             host = _grub.read_host()
             if present:
                 _refuse(module, host, arguments)
-            change = _grub.plan(host, arguments if present else None)
+            change = _grub.plan(host, arguments if present else None, module.params["takeover"])
             if not module.check_mode:
                 if change.needed:
                     _grub.apply(host, change, run)
@@ -127,7 +134,8 @@ def main() -> None:
 
 def _refuse(module: AnsibleModule, host: _grub.Host, arguments: list[str]) -> None:
     """Fail where these arguments cannot become the host's: nothing was touched."""
-    found = _grub.findings(host, _grub.Wanted(size_kib=0, arguments=tuple(arguments)))
+    takeover: bool = module.params["takeover"]
+    found = _grub.findings(host, _grub.Wanted(size_kib=0, arguments=tuple(arguments), takeover=takeover))
     if found:
         module.fail_json(msg="GRUB was left alone: " + "; ".join(found))
 
@@ -136,7 +144,7 @@ def _removed(host: _grub.Host) -> bool:
     """Return whether the running command line has none of ours any more."""
     running = tuple(_cmdline.hugepage_arguments(host.running))
     ours = [*host.ours, tuple(_cmdline.hugepage_arguments(_grub.drop_in_arguments(host.drop_in)))]
-    return not running or running not in ours
+    return not running or (running not in ours and _grub.on_trial(host.running) is None)
 
 
 if __name__ == "__main__":

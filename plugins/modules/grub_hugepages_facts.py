@@ -64,6 +64,10 @@ options:
     description: Memory that has to remain for the system.
     type: int
     default: 2147483648
+  takeover:
+    description: Whether huge page arguments in files that are read before our drop-in are left out instead of refused.
+    type: bool
+    default: false
 notes:
   - Root is needed to see C(/proc/iomem), from which the upper bound of 1 GiB pages is taken. Without it that one check
     is left out.
@@ -145,13 +149,19 @@ ansible_facts:
           description:
             - Why the pages cannot be reserved by GRUB here, each with the way out. Empty means it can be tried.
           type: list
+        trial:
+          description:
+            - Where a trial boot is, V(none), V(armed), V(running) or V(ended). Other than V(none) means that a run was
+              cut; M(cpullm.epyc.boot_trial) goes on from there.
+          type: str
+          sample: none
         memory_bytes:
           description: Memory of the host.
           type: int
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _grub
+from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _grub, _trial
 
 
 def main() -> None:
@@ -168,6 +178,7 @@ def main() -> None:
             },
             "arguments": {"type": "list", "elements": "str"},
             "reserve_bytes": {"type": "int", "default": 2147483648},
+            "takeover": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -181,8 +192,15 @@ def main() -> None:
             changed=False, ansible_facts={"cpullm_grub_hugepages": {"readable": False, "reason": str(error)}}
         )
         return
-    wanted = _grub.Wanted(params["method"], params["size_kib"], pages, tuple(arguments), params["reserve_bytes"])
-    module.exit_json(changed=False, ansible_facts={"cpullm_grub_hugepages": _grub.survey(host, wanted)})
+    wanted = _grub.Wanted(
+        params["method"], params["size_kib"], pages, tuple(arguments), params["reserve_bytes"], params["takeover"]
+    )
+    survey = _grub.survey(host, wanted)
+    found = _trial.read()
+    survey["trial"] = _trial.state(host, found) if wanted.method == "boot" else "none"
+    if survey["reboot_required"]:
+        survey["findings"] += _trial.findings(host, found, wanted.arguments, _trial.MIN_DEADLINE_S)
+    module.exit_json(changed=False, ansible_facts={"cpullm_grub_hugepages": survey})
 
 
 if __name__ == "__main__":
