@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -74,19 +75,23 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
         host = str(task_vars.get("inventory_hostname", "localhost"))
         facts = task_vars.get("ansible_facts") or {}
         reserve_gib = args["system_reserve_gib"]
-        overrides = Overrides(
-            context=args["context"],
-            slots=args["slots"],
-            instances=args["instances"],
-            system_reserve_bytes=None if reserve_gib is None else round(reserve_gib * GIB),
-            cache_type_k=args["cache_type_k"],
-            cache_type_v=args["cache_type_v"],
-            port=args["port"],
-            isa=args["isa"],
-            weights=args["weights"],
-            overlap=args["overlap"],
-        )
         try:
+            if reserve_gib is not None and not math.isfinite(reserve_gib):
+                raise Refusal(
+                    "host_plan_system_reserve_gib", str(reserve_gib), "0 or more", "Correct it, or leave it out."
+                )
+            overrides = Overrides(
+                context=args["context"],
+                slots=args["slots"],
+                instances=args["instances"],
+                system_reserve_bytes=None if reserve_gib is None else round(reserve_gib * GIB),
+                cache_type_k=args["cache_type_k"],
+                cache_type_v=args["cache_type_v"],
+                port=args["port"],
+                isa=args["isa"],
+                weights=args["weights"],
+                overlap=args["overlap"],
+            )
             manifest = read_lock(self._loader.path_dwim(args["lock"]))
             plan = make_plan(facts.get("cpullm_numa"), manifest, overrides)
         except Refusal as refusal:

@@ -88,6 +88,12 @@ def test_values_arrive_as_text(lock: str) -> None:
     ("args", "facts", "message"),
     [
         pytest.param({}, {}, "host1: ansible_facts['cpullm_numa']: found nothing, expected the fact", id="no-facts"),
+        pytest.param(
+            {"system_reserve_gib": "inf"},
+            {"cpullm_numa": VM},
+            "host1: host_plan_system_reserve_gib: found inf, expected 0 or more",
+            id="no-number",
+        ),
         pytest.param({"context": 9999}, {"cpullm_numa": VM}, "host1: host_plan_context: found 9999", id="wish"),
         pytest.param(
             {"lock": "/nonexistent.json"},
