@@ -306,9 +306,9 @@ def findings_of(record: Mapping[str, Any]) -> list[Finding]:
 
 
 def _percent(loss: str) -> int:
-    """Return the share that the words of a loss begin with, or 0."""
-    match = re.match(r"(?:up to )?(\d{1,2})%", loss)
-    return int(match[1]) if match else 0
+    """Return the share of the decode speed that the words of a loss name, or 0."""
+    match = re.search(r"(?<![\d.])(\d{1,3})%", loss)
+    return int(match[1]) if match and "none in decode" not in loss else 0
 
 
 # --- The board ------------------------------------------------------------------------------------------------------

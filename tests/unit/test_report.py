@@ -120,6 +120,17 @@ def test_instances_stand_side_by_side(fleet: list[Facts]) -> None:
     assert [bar.label for bar in host.bars] == ["sockets 0 and 1, each: 1,152 GiB"]
 
 
+def test_findings_of_a_severity_stand_in_the_order_of_what_they_cost(whole: Facts) -> None:
+    losses = (None, "8% of the rate at which weights load; none in decode", "up to 47% of the decode speed")
+    losses = (*losses, "up to 1.2 tokens/s: 8% of the memory's read rate", "up to 2.9 tokens/s: 20% of it")
+    findings = [
+        {"severity": "advice", "name": f"{number}", "found": "", "loss": loss} for number, loss in enumerate(losses)
+    ]
+    record = copy.deepcopy(whole)
+    record["ansible_facts"]["cpullm_judgement"]["findings"] = findings
+    assert [row.name for row in view(record).findings if row.severity == "advice"] == ["2", "4", "3", "0", "1"]
+
+
 def test_a_refusal_says_both_numbers_and_the_way_out(fleet: list[Facts]) -> None:
     host = view(fleet[2])
     # Behind the refusal stands what the machine lacks besides.
