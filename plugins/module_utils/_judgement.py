@@ -99,7 +99,7 @@ def judge(host: Host) -> dict[str, Any]:
     and ``tokens_per_second``). What was measured has ``socket``, ``gbs`` and ``tokens``.
     """
     served = host.sockets
-    findings = [*_errors(host), *_smt(host), *_governors(host), *_heat(host)]
+    findings = [*_errors(host), *_nodes(host), *_smt(host), *_governors(host), *_heat(host)]
     roofs: list[dict[str, Any]] = []
     if not host.dimm.get("readable"):
         findings.append(
@@ -115,9 +115,13 @@ def judge(host: Host) -> dict[str, Any]:
     else:
         findings += _protection(host.dimm)
         for socket in served:
-            slots = _slots_of(host.dimm["slots"], socket, served)
+            slots = _slots_of(host.dimm["slots"], socket, alone=len(host.numa.get("sockets") or []) == 1)
             roof = _memory_roof(socket, slots, host.plan)
-            findings += _socket(socket, slots, host.platform, roof)
+            nameless = sum(1 for slot in host.dimm["slots"] if slot.get("socket") is None)
+            if nameless and not slots:
+                findings.append(_nameless(socket, nameless))
+            else:
+                findings += _socket(socket, slots, host.platform, roof)
             roofs += roof
     for socket in served:
         for links in _link_roof(socket, host):
@@ -155,9 +159,8 @@ def _share(lost: float, roof: Sequence[Mapping[str, Any]]) -> str:
     return f"{speed}{lost:.0%} of the memory's read rate, and of the decode speed where that is the limit"
 
 
-def _slots_of(slots: Sequence[Mapping[str, Any]], socket: int, served: Sequence[int]) -> list[Mapping[str, Any]]:
-    """Return the DRAM slots of a socket; with one socket, those that name none are its own."""
-    alone = not any(slot.get("socket") not in (None, socket) for slot in slots) and len(served) == 1
+def _slots_of(slots: Sequence[Mapping[str, Any]], socket: int, *, alone: bool) -> list[Mapping[str, Any]]:
+    """Return the DRAM slots of a socket; those that name none are its own where it is the machine's only one."""
     return [slot for slot in slots if slot.get("socket") == socket or (alone and slot.get("socket") is None)]
 
 
@@ -170,6 +173,17 @@ def _named(slots: Iterable[Mapping[str, Any]], limit: int = 4) -> str:
     """Return the locators of slots, shortened."""
     names = [str(slot.get("locator") or f"handle {slot.get('handle')}") for slot in slots]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _nameless(socket: int, slots: int) -> dict[str, Any]:
+    return _finding(
+        "unknown",
+        f"socket {socket}, memory",
+        f"{slots} slot(s) whose locators name no socket",
+        "the socket of each slot",
+        None,
+        "Compare the board's manual with the slots by hand.",
+    )
 
 
 def _socket(
@@ -210,12 +224,13 @@ def _population(
     there = _channels(slots)
     filled = _channels(used)
     channels = platform.channels if platform else len(there)
-    if not filled or not channels:
+    unplaced = [slot for slot in used if slot.get("channel") is None]
+    if unplaced or not channels:
         return [
             _finding(
                 "unknown",
                 name,
-                f"{len(used)} module(s), and locators that name no channel ({_named(used, 2)})",
+                f"{len(unplaced)} of {len(used)} module(s) with locators that name no channel ({_named(unplaced, 2)})",
                 "a channel for each slot",
                 None,
                 "Compare the board's manual with the slots by hand.",
@@ -307,12 +322,15 @@ def _speed(
                 _FIRMWARE_SPEED,
             )
         )
-    elif rated and platform and configured < platform.mts:
+    elif platform and configured < platform.mts:
+        told = f"{configured} MT/s, and modules that tell no rating"
+        if rated:
+            told = f"modules rated for {rated} MT/s" + (f", set to {configured}" if configured != rated else "")
         found.append(
             _finding(
                 "advice",
                 name,
-                f"modules rated for {rated} MT/s" + (f", set to {configured}" if configured != rated else ""),
+                told,
                 f"{platform.mts} MT/s, which {platform.name} takes",
                 _share(1 - configured / platform.mts, roof),
                 "Faster modules, where the processor's links can use them (see the roofs). The published recipe sets "
@@ -378,6 +396,24 @@ def _errors(host: Host) -> list[dict[str, Any]]:
                 )
             )
     return found
+
+
+def _nodes(host: Host) -> list[dict[str, Any]]:
+    """Return the sockets that the firmware splits: only one node for each was built for and tried."""
+    with_memory = {row["node"] for row in host.numa.get("nodes") or [] if row.get("memory_bytes")}
+    counts = {row["socket"]: len(with_memory.intersection(row["nodes"])) for row in host.numa.get("sockets") or []}
+    return [
+        _finding(
+            "warning",
+            f"socket {socket}, nodes",
+            f"{counts[socket]} NUMA nodes (NPS{counts[socket]})",
+            "one node for each socket (NPS1); others are not supported yet",
+            "not measured here; an instance's threads then read from all nodes of the socket",
+            "Firmware: AMD CBS, DF Common Options, Memory Addressing, NUMA nodes per socket: NPS1.",
+        )
+        for socket in host.sockets
+        if counts.get(socket, 0) > 1
+    ]
 
 
 def _smt(host: Host) -> list[dict[str, Any]]:
@@ -492,7 +528,7 @@ def _memory_roof(
 ) -> list[dict[str, Any]]:
     used = [slot for slot in slots if slot.get("populated")]
     channels, mts = len(_channels(used)), _least(used, "configured_mts")
-    if not channels or mts is None:
+    if not channels or mts is None or any(slot.get("channel") is None for slot in used):
         return []
     gbs = channels * CHANNEL_BYTES * mts / 1000
     name = f"{channels} channels x {CHANNEL_BYTES} bytes x {mts} MT/s"

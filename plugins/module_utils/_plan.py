@@ -506,9 +506,7 @@ def missing_mla(model: Model, cache_k: str, cache_v: str) -> str | None:
     )
 
 
-def _findings(
-    model: Model, sockets: Sequence[Socket], cache_k: str, cache_v: str, context: int
-) -> list[dict[str, str]]:
+def _findings(model: Model, cache_k: str, cache_v: str, context: int) -> list[dict[str, str]]:
     found = []
     if missing := missing_mla(model, cache_k, cache_v):
         found.append(
@@ -520,17 +518,6 @@ def _findings(
                 "way_out": MLA_WAY_OUT,
             }
         )
-    found.extend(
-        {
-            "severity": "warning",
-            "name": f"socket {socket.socket}",
-            "found": f"{len(socket.nodes)} NUMA nodes (NPS{len(socket.nodes)})",
-            "expected": "one node for each socket (NPS1)",
-            "way_out": "Firmware: AMD CBS, DF Common Options, Memory Addressing, NUMA nodes per socket: NPS1.",
-        }
-        for socket in sockets
-        if len(socket.nodes) > 1
-    )
     return found
 
 
@@ -660,7 +647,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
         "disk_bytes": manifest.bytes,
         "start_timeout_s": start_timeout_s,
     }
-    plan["findings"] = _findings(model, sockets, overrides.cache_type_k, cache_v, context)
+    plan["findings"] = _findings(model, overrides.cache_type_k, cache_v, context)
     plan["memory"] = [
         {
             "socket": room.socket.socket,

@@ -167,6 +167,14 @@ def test_slower_modules_than_the_processor_takes_are_advice() -> None:
     assert finding["loss"].startswith("up to 1.0 tokens/s: 7%")
 
 
+def test_a_slow_setting_of_modules_that_tell_no_rating_is_advice() -> None:
+    dimm = board(configured=4800)
+    dimm["slots"][3]["rated_mts"] = None
+    finding = only(judged(numa(), dimm))
+    assert (finding["severity"], finding["found"]) == ("advice", "4800 MT/s, and modules that tell no rating")
+    assert finding["loss"].startswith("up to 2.9 tokens/s: 20%")
+
+
 def test_faster_modules_than_the_processor_takes_cost_nothing() -> None:
     assert judged(numa("AMD EPYC 9354 32-Core Processor"), board(rated=5600, configured=4800))["findings"] == []
 
@@ -380,6 +388,35 @@ def test_locators_that_name_no_channel() -> None:
     for slot in dimm["slots"]:
         slot.update(channel=None)
     assert "locators that name no channel" in only(judged(numa(), dimm))["found"]
+
+
+def test_a_locator_without_a_channel_leaves_the_others_unjudged() -> None:
+    dimm = board()
+    dimm["slots"][3]["channel"] = None
+    result = judged(numa(), dimm)
+    assert only(result)["severity"] == "unknown"
+    assert "1 of 12 module(s) with locators that name no channel (DIMM_P0_D0)" in only(result)["found"]
+    assert [roof["hypothesis"] for roof in result["roofs"]] == [True]
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_slots_that_name_no_socket_are_nobody_s_on_two_sockets(instances: int) -> None:
+    dimm = board(sockets=2)
+    for slot in dimm["slots"]:
+        slot["socket"] = None
+    facts = numa(sockets=2)
+    plan = make_plan(facts, manifest(R1, 16), Overrides(context=32768, instances=instances))
+    findings = judge(Host(facts, plan, dimm))["findings"]
+    assert [row["found"] for row in findings] == ["24 slot(s) whose locators name no socket"] * instances
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_nodes_per_socket_are_a_finding_with_the_menu_s_path(refused: bool) -> None:
+    facts = {**machine([1536], cores=64, nps=4), "l3": []}
+    plan = None if refused else make_plan(facts, manifest(R1, 16), Overrides())
+    finding = judge(Host(facts, plan, board()))["findings"][0]
+    assert (finding["severity"], finding["found"]) == ("warning", "4 NUMA nodes (NPS4)")
+    assert "AMD CBS" in finding["way_out"]
 
 
 def test_slots_that_name_no_socket_are_the_only_socket_s() -> None:

@@ -195,11 +195,10 @@ def test_less_memory_gives_less_context() -> None:
     assert "the largest that fits: socket 0 has" in reason(plan, "context")
 
 
-def test_nodes_per_socket_share_the_pages_and_are_a_finding() -> None:
+def test_nodes_per_socket_share_the_pages() -> None:
     plan = make_plan(machine([1536], cores=64, nps=4), manifest(), Overrides())
     assert [row["pages"] for row in plan["pages"]["nodes"]] == [167] * 4
     assert plan["instances"][0]["nodes"] == [0, 1, 2, 3]
-    assert plan["findings"][0]["found"] == "4 NUMA nodes (NPS4)"
 
 
 def test_weights_in_the_page_cache_reserve_nothing() -> None:
