@@ -12,22 +12,18 @@ things are when they are not where the collection puts them:
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.harness import Model, Pool, Servers, cache, open_to_all
+from tests.engine.harness import Model, Pool, Servers, open_to_all
+from tests.engine.source import apply_patches, unpack
 
 CLONE = Path(__file__).resolve().parents[2]
-PATCHES = CLONE / "patches" / "llama-cpp-python-0.3.36"
-SDIST = "llama_cpp_python-0.3.36"
-SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,29 +81,7 @@ def servers(engine: Path, tmp_path: Path) -> Iterator[Servers]:
 @pytest.fixture(scope="session")
 def patched_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pinned source with our patches: as the build applies them, and not one line fuzzy."""
-    archive = Path(os.environ.get("CPULLM_ENGINE_SOURCE") or cache() / "sdist" / f"{SDIST}.tar.gz")
-    assert archive.is_file(), f"no {archive}: fetch the pinned sdist, or set CPULLM_ENGINE_SOURCE"
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert found == SDIST_SHA256, f"{archive}: sha256 {found}, expected {SDIST_SHA256}"
-    root = tmp_path_factory.mktemp("source")
-    top = f"{SDIST}/vendor/llama.cpp/"
-    wanted = tuple(f"{top}{folder}/" for folder in ("src", "include", "ggml", "tools/server"))
-    with tarfile.open(archive) as tar:
-        members = [member for member in tar if member.isfile() and member.name.startswith(wanted)]
-        for member in members:
-            target = root / member.name.removeprefix(top)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            content = tar.extractfile(member)
-            assert content is not None
-            target.write_bytes(content.read())
-    series = sorted(PATCHES.glob("*.patch"))
-    assert series, f"no patch in {PATCHES}"
-    for patch in series:
-        command = ["patch", "-p1", "--fuzz=0", "--batch", "--forward", "--no-backup-if-mismatch", "-i", str(patch)]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{patch.name}: {result.stdout}{result.stderr}"
-        assert "offset" not in result.stdout, f"{patch.name}: {result.stdout}"
-    return root
+    return apply_patches(unpack(tmp_path_factory.mktemp("source")))
 
 
 @pytest.fixture(scope="session")
