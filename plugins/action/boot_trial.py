@@ -82,7 +82,7 @@ def has_ended(holder: dict[str, Any], me: dict[str, Any]) -> bool:
     return not isinstance(pid, int) or identify(pid)["started"] != holder.get("started")
 
 
-def describe(evidence: list[dict[str, Any]], limit: int = 30) -> str:
+def describe(evidence: list[dict[str, Any]], limit: int = 40) -> str:
     """Return what was seen as lines for a message, the last ones of each source."""
     if not evidence:
         return (

@@ -183,12 +183,10 @@ ConditionKernelCommandLine={_grub.MARK}{identity}
 FailureAction=reboot-force
 
 [Service]
-# The watchdog of the command line needs a device; a machine without one gets the kernel's own.
-ExecStartPre=-/bin/sh -c 'test -e /dev/watchdog0 || modprobe softdog'
-ExecStart=/bin/sleep infinity
+# The watchdog of the command line needs a device; a machine without one gets the kernel's own. Time counts meanwhile.
+ExecStart=/bin/sh -c 'test -e /dev/watchdog0 || modprobe softdog; exec sleep infinity'
 RuntimeMaxSec={deadline_s}
 ExecStopPost=-/bin/sh -c '{report}'
-TimeoutStartSec=20
 TimeoutStopSec=20
 OOMScoreAdjust=-1000
 """

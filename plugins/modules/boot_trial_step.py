@@ -153,7 +153,8 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import read_num
 
 MODULE_LOCK = "/run/cpullm/grub_hugepages.lock"
 PSTORE = ("/sys/fs/pstore", "/var/lib/systemd/pstore")
-TELLING = re.compile(r"hugetlb|hugepage|panic|out of memory|oom|watchdog|cpullm|bug:|oops", re.IGNORECASE)
+TELLING = re.compile(r"HugeTLB|Kernel panic|Out of memory|oom-kill|BUG:|Oops|cpullm-boot-trial")
+LAST_LINES = 6
 
 
 class Steps:
@@ -263,9 +264,9 @@ class Steps:
                 if f"{_grub.MARK}{record.id}" not in out:
                     continue
                 lines = out.splitlines()
-                telling = [line for line in lines[:-15] if TELLING.search(line) and "ommand line" not in line]
-                seen.append({"source": "kernel log of that boot", "lines": [*telling[-15:], *lines[-15:]]})
-                _code, out, _err = self.run([*journal, "--priority=warning", "--lines=15"])
+                telling = [line for line in lines[:-LAST_LINES] if TELLING.search(line)]
+                seen.append({"source": "kernel log of that boot", "lines": [*telling[:12], *lines[-LAST_LINES:]]})
+                _code, out, _err = self.run([*journal, "--priority=warning", "--lines=12"])
                 seen.append({"source": "warnings of that boot", "lines": out.splitlines()})
                 break
             seen += self.pstore(record.armed_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +197,28 @@ def test_a_good_host_is_refused_nothing(root: Path) -> None:
             id="running-is-our-drop-in",
         ),
         pytest.param({}, {"arguments": ("x=$(reboot)",)}, "expected name=value", id="arguments"),
+        pytest.param(
+            {"etc/default/grub": 'GRUB_CMDLINE_LINUX="default-hugepagesz=1G"\n'},
+            {},
+            "/etc/default/grub:1: ",
+            id="dash-is-underscore",
+        ),
+        pytest.param(
+            {
+                "etc/default/grub": 'GRUB_CMDLINE_LINUX="hugepages=671"\n',
+                "etc/default/grub.d/50-x.cfg": "A=hugepages=1\n",
+            },
+            {"takeover": True},
+            None,
+            id="taken-over",
+        ),
+        pytest.param(
+            {"etc/default/grub.d/70-x.cfg": 'GRUB_CMDLINE_LINUX="hugepages=671"\n'},
+            {"takeover": True},
+            "/etc/default/grub.d/70-x.cfg:1: ",
+            id="read-too-late-to-be-taken-over",
+        ),
+        pytest.param({"proc/cmdline": "ro hugepages=9 cpullm.trial=abc\n"}, {}, None, id="running-is-a-trial"),
     ],
 )
 def test_findings(root: Path, files: dict[str, str | None], change: dict[str, object], message: str | None) -> None:
@@ -231,6 +254,28 @@ def test_the_drop_in_adds_and_keeps_order() -> None:
     shell = f'GRUB_CMDLINE_LINUX_DEFAULT="quiet splash"\n{text}\nprintf %s "$GRUB_CMDLINE_LINUX_DEFAULT"'
     assert os.popen(f"sh -c '{shell}'").read() == "quiet splash " + " ".join(WANTED)
     assert os.popen(f"sh -c '{text}\nprintf %s \"$GRUB_CMDLINE_LINUX_DEFAULT\"'").read() == " ".join(WANTED)
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        pytest.param("", "", id="empty"),
+        pytest.param("quiet  splash quiet", "quiet  splash quiet", id="others-stay-as-they-are"),
+        pytest.param("hugepagesz=1G hugepages=671 quiet", " quiet", id="at-the-beginning"),
+        pytest.param("quiet default_hugepagesz=1G hugepagesz=1G hugepages=0:3,1:3", "quiet", id="at-the-end"),
+        pytest.param(
+            "a transparent_hugepage=never hugetlb-free-vmemmap=on b", "a transparent_hugepage=never b", id="between"
+        ),
+    ],
+)
+def test_a_takeover_leaves_out_what_others_say_of_pages(before: str, expected: str) -> None:
+    script = f"set -e\nGRUB_CMDLINE_LINUX='{before}'\nGRUB_CMDLINE_LINUX_DEFAULT='{before}'\n"
+    script += _grub.render_drop_in(WANTED, takeover=True)
+    script += 'printf \'%s|%s\' "$GRUB_CMDLINE_LINUX" "$GRUB_CMDLINE_LINUX_DEFAULT"\n'
+    done = subprocess.run(["sh"], input=script, capture_output=True, text=True, check=True)
+    ours = " ".join(WANTED)
+    assert done.stdout == f"{expected}|{expected}{' ' if expected else ''}{ours}"
+    assert tuple(_grub.drop_in_arguments(_grub.render_drop_in(WANTED, takeover=True))) == WANTED
 
 
 def apply(root: Path, arguments: tuple[str, ...] | None) -> _grub.Change:
