@@ -363,7 +363,8 @@ def arm(host: _grub.Host, found: Found, record: Record, run: _grub.Runner, root:
 def disarm(found: Found, run: _grub.Runner, root: str = "/") -> None:
     """Take away every trace of a trial, the choice of the next boot first and the record last."""
     base = root.rstrip("/")
-    if found.chosen:
+    # GRUB takes a choice back by leaving it empty.
+    if found.chosen or found.variables.get("next_entry") == "":
         _edit_environment(base, ["unset", "next_entry"], run)
     if found.block is not None:
         others = _menu.without_block(found.custom)
