@@ -32,7 +32,7 @@ ARGUMENT_SPEC = {
     "cache_type_v": {"type": "str"},
     "port": {"type": "int", "default": 8008},
     "isa": {"type": "str"},
-    "weights": {"type": "str", "default": "anonymous"},
+    "weights": {"type": "str", "default": "hugetlbfs"},
     "overlap": {"type": "bool"},
 }
 

@@ -111,7 +111,7 @@ class Overrides:
     cache_type_v: str | None = None
     port: int = 8008
     isa: str | None = None
-    weights: str = "anonymous"
+    weights: str = "hugetlbfs"
     overlap: bool | None = None
 
 
@@ -521,6 +521,17 @@ def _findings(model: Model, cache_k: str, cache_v: str, context: int) -> list[di
     return found
 
 
+def _servers_reason(servers: int, overrides: Overrides) -> str:
+    """Return why memory is planned for one server or two."""
+    if servers == 2:
+        return "an upgrade starts the new server beside the old one on the same weights"
+    if overrides.weights == "anonymous":
+        return "a second server would need a second copy of the weights"
+    if overrides.overlap is None:
+        return "a second KV cache would take context away: an upgrade stops the old server first"
+    return "set by host_plan_overlap"
+
+
 def canonical_hash(plan: Mapping[str, Any]) -> str:
     """Return the sha256 of what a plan decides: not of its reasons, findings and notes, nor of where the model is from.
 
@@ -557,15 +568,14 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
     reserve, reserve_reason = system_reserve(machine.memory_bytes)
     if overrides.system_reserve_bytes is not None:
         reserve, reserve_reason = overrides.system_reserve_bytes, "set by host_plan_system_reserve_gib"
-    overlap = overrides.weights != "anonymous" if overrides.overlap is None else overrides.overlap
-    if overlap and overrides.weights == "anonymous":
+    if overrides.overlap and overrides.weights == "anonymous":
         raise Refusal(
             "host_plan_overlap",
             "true with host_plan_weights anonymous",
             "weights that two servers share",
             "Set host_plan_weights to hugetlbfs, or leave it out: an upgrade then stops the old server first.",
         )
-    servers = 2 if overlap else 1
+    servers = 2 if overrides.overlap else 1
     threads = max(socket.threads for socket in sockets)
     rooms = [
         _Room(socket, weights, -(-reserve * socket.memory_bytes // machine.memory_bytes), servers, threads)
@@ -595,6 +605,11 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
 
     kv_per_token = kv_bytes_per_token(model, overrides.cache_type_k, cache_v)
     context, context_reason = _choose_context(model, rooms, overrides, kv_per_token)
+    if overrides.overlap is None and overrides.weights != "anonymous":
+        twice = [dataclasses.replace(room, servers=2) for room in rooms]
+        if all(_needed(model, room, context, overrides.slots, kv_per_token) <= room.left for room in twice):
+            servers, rooms = 2, twice
+            context, context_reason = _choose_context(model, rooms, overrides, kv_per_token)
     kv = kv_per_token * padded(context) * overrides.slots
     buffers = compute_bytes(model, context, overrides.slots, threads)
     start_timeout_s = -(-manifest.bytes * len(sockets) // LOAD_BYTES_PER_S) + START_SLACK_S
@@ -722,9 +737,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
         (
             "servers_at_once",
             servers,
-            "an upgrade starts the new server beside the old one on the same weights"
-            if overlap
-            else "a second server would need a second copy of the weights",
+            _servers_reason(servers, overrides),
         ),
         ("disk_bytes", gib(manifest.bytes), "the shards, once for all instances"),
         (

@@ -59,11 +59,11 @@ options:
         outlive it, V(mmap) the page cache without huge pages.
     type: str
     choices: [anonymous, hugetlbfs, mmap]
-    default: anonymous
+    default: hugetlbfs
   overlap:
     description:
       - Keep room for a second server on the same weights while an upgrade overlaps. By default where the weights can
-        be shared, that is not with V(anonymous).
+        be shared, that is not with V(anonymous), and the context does not shrink for it.
     type: bool
 attributes:
   facts:

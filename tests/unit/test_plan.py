@@ -133,7 +133,8 @@ def test_the_published_machine() -> None:
     assert plan["start_timeout_s"] == 1727
     assert round(plan["model"]["read_per_token_bytes"] / 1e9, 2) == 39.23
     assert plan["findings"] == []
-    assert plan["memory"][0]["left_bytes"] == 74_778_606_592
+    assert plan["servers_at_once"] == 2
+    assert plan["memory"][0]["left_bytes"] == 67_617_290_240
     assert "the sum rounded once would be 665: 668 on one socket" in reason(plan, "pages.total")
     assert {row["output"] for row in plan["reasons"]} >= {"pages.total", "context", "threads", "system_reserve_bytes"}
 
@@ -213,6 +214,18 @@ def test_shared_weights_leave_room_for_a_second_server() -> None:
     assert (one["servers_at_once"], two["servers_at_once"]) == (1, 2)
     used = one["kv_bytes"] + one["compute_bytes"]
     assert one["memory"][0]["left_bytes"] - two["memory"][0]["left_bytes"] == used
+
+
+def test_no_room_for_a_second_server_where_it_would_cost_context() -> None:
+    alone = make_plan(machine([696]), manifest(), Overrides(overlap=False))
+    found = make_plan(machine([696]), manifest(), Overrides())
+    assert (found["servers_at_once"], found["context"]) == (1, alone["context"])
+    assert "would take context away" in reason(found, "servers_at_once")
+    asked = make_plan(machine([696]), manifest(), Overrides(context=4096))
+    assert (asked["servers_at_once"], asked["context"]) == (2, 4096)
+    forced = make_plan(machine([696]), manifest(), Overrides(overlap=True))
+    assert forced["servers_at_once"] == 2
+    assert forced["context"] < alone["context"]
 
 
 def test_an_old_kernel_spreads_evenly_or_is_refused() -> None:
@@ -376,7 +389,7 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ),
         pytest.param(
             machine([768]),
-            Overrides(overlap=True),
+            Overrides(overlap=True, weights="anonymous"),
             "host_plan_overlap: found true with host_plan_weights",
             id="overlap",
         ),
