@@ -232,7 +232,7 @@ def up() -> None:
     addresses = " and ".join(f"http://127.0.0.1:{ports[port]}/v1" for port in PORTS)
     print(f"  address    {addresses}, one for each socket")
     print(f"  report     {REPORT}: open it in a browser")
-    print("  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-server@*'")
+    print("  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-*'")
     print("  again      make demo: quick, and says what it reuses")
     print("  away       make demo-down")
     say(f"serving after {(time.monotonic() - begin) / 60:.1f} minutes")

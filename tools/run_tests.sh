@@ -14,7 +14,7 @@ lint() {
   ruff format --check .
   mypy lab plugins tools bench
   # Programs that run on a host beside a copy of their library.
-  MYPYPATH=plugins/module_utils mypy --follow-imports=silent roles/*/files
+  MYPYPATH=plugins/module_utils:roles/systemd_service/files mypy --follow-imports=silent roles/*/files
   yamllint --strict .
   git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
   ansible-lint

@@ -51,6 +51,18 @@ def pages_by_node(numa_maps: str, size_kib: int) -> list[dict[str, int]]:
     return [{"node": node, "pages": pages[node]} for node in sorted(pages)]
 
 
+def store_pages(numa_maps: str, folder: str, size_kib: int) -> int:
+    """Return how many of a process's huge pages of one size belong to files below a folder."""
+    lines = []
+    for line in numa_maps.splitlines():
+        file = re.search(r" file=(\S+)", line)
+        if file is not None:
+            name = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), file[1])
+            if name.startswith(folder.rstrip("/") + "/"):
+                lines.append(line)
+    return sum(entry["pages"] for entry in pages_by_node("\n".join(lines), size_kib))
+
+
 def request(
     url: str,
     *,
@@ -124,7 +136,8 @@ def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return each difference between an instance as found and as planned, in words with both values.
 
     ``found`` is one entry of :func:`observe`'s shape; ``wanted`` has ``pages``, ``size_kib``, ``nodes`` (allowed
-    node numbers, empty for any), ``hugepages`` (whether weights belong in them) and ``expect`` (text or None).
+    node numbers, empty for any), ``hugepages`` (whether weights belong in them), ``stored`` (whether in files of a
+    store), ``private_kib`` (most ordinary memory of the process, None for any) and ``expect`` (text or None).
     """
     differences = []
     if found["active_state"] != "active":
@@ -141,6 +154,18 @@ def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         differences.extend(
             f"{entry['pages']} pages lie on node {entry['node']}, expected only nodes {wanted['nodes']}"
             for entry in stray
+        )
+    if wanted["stored"]:
+        if found["store_problems"]:
+            differences.append(f"the store is not complete: {', '.join(found['store_problems'])}")
+        if found["store_pages"] != wanted["pages"]:
+            differences.append(f"{found['store_pages']} pages of the store are mapped, expected {wanted['pages']}")
+    if found["pid"] and not found["no_repack"]:
+        differences.append("--no-repack is no argument of the process: weights may be copied into a second buffer")
+    if wanted["private_kib"] is not None and (found["private_kib"] or 0) > wanted["private_kib"]:
+        differences.append(
+            f"RssAnon is {found['private_kib']} kB, expected at most {wanted['private_kib']} kB for KV cache and "
+            "buffers: more may be a second copy of weights"
         )
     if wanted["expect"] is not None and wanted["expect"] not in (found["text"] or ""):
         differences.append(f"the completion is {found['text']!r}, expected it to contain {wanted['expect']!r}")

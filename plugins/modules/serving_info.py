@@ -35,6 +35,15 @@ options:
     description: Whether the weights belong in huge pages at all.
     type: bool
     default: true
+  store:
+    description: Directory below which the stores of the instances are mounted, where weights belong in one.
+    type: path
+  loader:
+    description: The script C(llama_weights.py) on the host. Needed with O(store).
+    type: path
+  private_bytes:
+    description: Bytes of ordinary memory that an instance may take, for KV cache and buffers. More is a second copy.
+    type: int
   prompt:
     description: The user's message of the completion. The request is greedy, so that its answer repeats.
     type: str
@@ -112,6 +121,19 @@ instances:
       description: Huge pages held on each NUMA node.
       type: list
       elements: dict
+    private_kib:
+      description: C(RssAnon) of the process in KiB.
+      type: int
+    no_repack:
+      description: Whether C(--no-repack) is an argument of the process.
+      type: bool
+    store_pages:
+      description: Huge pages held that belong to files of the instance's store.
+      type: int
+    store_problems:
+      description: Why the store is not complete, shard by shard.
+      type: list
+      elements: str
     health:
       description: HTTP status of the health check, 0 where nothing answered.
       type: int
@@ -134,6 +156,7 @@ instances:
 """
 
 import http.client
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +168,7 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._serving import (
     pages_by_node,
     request,
     status_kib,
+    store_pages,
 )
 
 
@@ -154,6 +178,17 @@ def read_key(path: str) -> str:
         if line.strip() and not line.startswith("#"):
             return line.strip()
     raise ValueError(f"{path} holds no key")
+
+
+def store_problems(module: AnsibleModule, number: int) -> list[str]:
+    """Return why the store of an instance is not complete, as its loader says."""
+    argv = ["python3", module.params["loader"], "check"]
+    argv += [f"--plan=/etc/llama-weights/{number}.json", f"--run=/run/llama-weights/{number}"]
+    _code, out, err = module.run_command(argv)
+    try:
+        return list(json.loads(out)["problems"])
+    except (ValueError, KeyError, TypeError):
+        return [err.strip() or out.strip() or "its loader says nothing"]
 
 
 def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> dict[str, Any]:
@@ -170,6 +205,10 @@ def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> di
         "hugetlb_kib": None,
         "rss_kib": None,
         "nodes": [],
+        "private_kib": None,
+        "no_repack": False,
+        "store_pages": 0,
+        "store_problems": store_problems(module, number) if module.params["store"] else [],
         "health": 0,
         "text": "",
         "tokens_per_s": None,
@@ -182,7 +221,13 @@ def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> di
         maps = Path(f"/proc/{found['pid']}/numa_maps").read_text(encoding="utf-8") if found["pid"] else ""
         found["hugetlb_kib"] = status_kib(status, "HugetlbPages")
         found["rss_kib"] = status_kib(status, "VmRSS")
+        found["private_kib"] = status_kib(status, "RssAnon")
         found["nodes"] = pages_by_node(maps, options["size_kib"])
+        if options["store"]:
+            found["store_pages"] = store_pages(maps, f"{options['store']}/{number}", options["size_kib"])
+        if found["pid"]:
+            words = Path(f"/proc/{found['pid']}/cmdline").read_bytes().split(b"\0")
+            found["no_repack"] = b"--no-repack" in words
         found["health"] = request(f"{url}/health", timeout_s=30, ca_file=options["ca_file"]).status
         payload = {
             "messages": [{"role": "user", "content": options["prompt"]}],
@@ -210,6 +255,9 @@ def main() -> None:
             "address": {"type": "str", "required": True},
             "size_kib": {"type": "int", "default": 1048576},
             "hugepages": {"type": "bool", "default": True},
+            "store": {"type": "path"},
+            "loader": {"type": "path"},
+            "private_bytes": {"type": "int"},
             "prompt": {"type": "str", "default": "Say hello."},
             "max_tokens": {"type": "int", "default": 32, "no_log": False},
             "expect": {"type": "str"},
@@ -217,6 +265,7 @@ def main() -> None:
             "ca_file": {"type": "path"},
             "timeout_s": {"type": "int", "default": 600},
         },
+        required_by={"store": "loader"},
         supports_check_mode=True,
     )
     module.run_command_environ_update = {"LC_ALL": "C"}
@@ -238,6 +287,8 @@ def main() -> None:
             "nodes": [int(node) for node in entry["nodes"]],
             "size_kib": options["size_kib"],
             "hugepages": options["hugepages"],
+            "stored": bool(options["store"]),
+            "private_kib": None if options["private_bytes"] is None else options["private_bytes"] // 1024,
             "expect": options["expect"],
             "key_needed": key is not None,
         }

@@ -224,7 +224,7 @@ def bad_inputs(place: Place) -> dict[str, tuple[dict[str, Any], list[str]]]:
             ["systemd_service_tls_certificate_file", "/etc/absent.pem", "not there", "expected a file"],
         ),
         "no-patches": (
-            {"llamacpp_build_patch_set": None},
+            {"llamacpp_build_patch_set": None, "systemd_service_weights": "anonymous"},
             ["systemd_service_weights is anonymous", "has the patches []", "expected one", "llamacpp_build_patch_set"],
         ),
         "hash": (

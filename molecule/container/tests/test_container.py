@@ -36,7 +36,25 @@ def test_systemd_hardens_the_service(host):
 def test_the_journal_holds_no_prompt(host):
     journal = host.check_output("journalctl --no-pager --unit=llama-server@0")
     assert "course of human events" not in journal.lower()
-    assert "weights" in journal
+    assert "hugepages: " in journal
+    assert "munmap failed" not in journal
+
+
+def test_the_store_is_complete_and_its_unit_says_so(host):
+    shown = host.check_output("systemctl show --property=ActiveState,SubState,StatusText llama-weights@0")
+    assert shown.splitlines()[0] == "ActiveState=active"
+    assert "StatusText=complete: 0.8 MiB in 3 pages, content " in shown
+    words = host.check_output("systemd-analyze security --no-pager llama-weights@0.service").splitlines()[-1]
+    assert float(words.split(":")[1].split()[0]) < 3, words
+
+
+def test_a_restart_reads_nothing(host):
+    before = host.check_output("systemctl show --property=InvocationID llama-weights@0")
+    files = host.check_output("find /var/lib/llama-weights -type f -printf '%p %i %T@ %C@\\n'")
+    host.check_output("systemctl restart llama-server@0")
+    assert host.check_output("systemctl show --property=InvocationID llama-weights@0") == before
+    assert host.check_output("find /var/lib/llama-weights -type f -printf '%p %i %T@ %C@\\n'") == files
+    assert recites(host, cases=("opening",))["ok"]
 
 
 def test_package_upgrades_leave_the_server_alone(host):

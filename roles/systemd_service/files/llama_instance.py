@@ -3,7 +3,8 @@
 """Helpers of llama-server@.service: what an instance runs with, whether it is ready, how far its load is.
 
 ``digest N``      print the SHA-256 of the unit files of instance N, as they are on disk
-``record N``      keep that digest in the instance's run-time directory: what the process that starts now runs with
+``record N``      keep that digest in the instance's run-time directory: what the process that starts now runs with;
+                  where the instance has a store of weights that is not complete, have it loaded and start again
 ``wait-ready``    wait until a server has loaded its model; ends when the process does
 ``status N:P...`` print one JSON line that says how far instances N are in filling P huge pages each
 """
@@ -14,16 +15,16 @@ import argparse
 import hashlib
 import json
 import os
-import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
+from typing import Any
 
 PAGE_BYTES = 1 << 30
 RUNTIME = Path("/run/llama-server")
+PLANS = Path("/etc/llama-weights")
+STORES = Path("/run/llama-weights")
 FOLDERS = [Path(f"{root}/systemd/system") for root in ("/etc", "/run", "/usr/local/lib", "/usr/lib")]
 
 
@@ -32,10 +33,15 @@ def unit(number: int) -> str:
     return f"llama-server@{number}.service"
 
 
-def show(number: int, *properties: str) -> dict[str, str]:
-    """Return properties of an instance's unit as systemd shows them."""
+def weights_unit(number: int) -> str:
+    """Return the name of the unit that fills the store of an instance."""
+    return f"llama-weights@{number}.service"
+
+
+def show(name: str, *properties: str) -> dict[str, str]:
+    """Return properties of a unit as systemd shows them."""
     out = subprocess.run(
-        ["systemctl", "show", f"--property={','.join(properties)}", unit(number)],
+        ["systemctl", "show", f"--property={','.join(properties)}", name],
         check=True,
         capture_output=True,
         text=True,
@@ -59,12 +65,35 @@ def digest(number: int) -> str:
     return sha.hexdigest()
 
 
-def record(number: int) -> None:
-    """Keep the digest for as long as the unit runs: systemd removes the directory when it stops."""
+def store_problems(number: int) -> list[str]:
+    """Return why the store of an instance must not be served, empty where it is complete or there is none."""
+    path = PLANS / f"{number}.json"
+    if not path.exists():
+        return []
+    import llama_weights  # noqa: PLC0415 - only beside a store
+
+    try:
+        found: list[str] = llama_weights.problems(llama_weights.read_plan(path), STORES / str(number))
+    except llama_weights.WeightsError as error:
+        found = [str(error)]
+    return found
+
+
+def record(number: int) -> int:
+    """Keep the digest for as long as the unit runs: systemd removes the directory when it stops.
+
+    Returns 1 where the store is not what was loaded: restarting its unit loads it again, and starts this one after it.
+    """
+    found = store_problems(number)
+    if found:
+        print(f"{'; '.join(found)}; loading the store again: {weights_unit(number)}", file=sys.stderr)
+        subprocess.run(["systemctl", "restart", "--no-block", weights_unit(number)], check=False)
+        return 1
     target = RUNTIME / str(number) / "configuration"
     fresh = target.with_suffix(".new")
     fresh.write_text(digest(number) + "\n", encoding="ascii")
     fresh.replace(target)
+    return 0
 
 
 def wait_ready(url: str, pid: int) -> int:
@@ -73,6 +102,10 @@ def wait_ready(url: str, pid: int) -> int:
     The unit's start timeout bounds the wait. The certificate is not checked: the address is this host's own, the
     process is known, and the answer holds no secret.
     """
+    import ssl  # noqa: PLC0415 - the server waits for the other commands, and need not wait for this
+    import urllib.error  # noqa: PLC0415
+    import urllib.request  # noqa: PLC0415
+
     context = ssl._create_unverified_context() if url.startswith("https:") else None  # noqa: S323
     while Path(f"/proc/{pid}").exists():
         try:
@@ -97,33 +130,68 @@ def hugetlb_bytes(pid: int) -> int:
     return 0
 
 
-def status(wanted: list[tuple[int, int]]) -> None:
-    """Print how far the instances are, or the journal's last lines of one that failed."""
+def failure(name: str, shown: dict[str, str]) -> dict[str, Any]:
+    """Return the status of a unit that gave up, with its last lines of the journal."""
+    journal = subprocess.run(
+        ["journalctl", "--no-pager", "--output=cat", "--lines=30", f"--unit={name}"],
+        check=False,
+        capture_output=True,
+        text=True,
+    ).stdout
+    said = f"{name} is {shown['ActiveState']} ({shown['SubState']}); its last lines:\n{journal}"
+    return {"phase": "failed", "done": 0, "total": None, "message": said}
+
+
+def store_status(number: int) -> dict[str, Any] | None:
+    """Return how far the store of an instance is, or None where it is complete or there is none."""
+    if not (PLANS / f"{number}.json").exists():
+        return None
+    shown = show(weights_unit(number), "ActiveState", "SubState", "Job")
+    if shown["ActiveState"] == "active":
+        return None
+    if shown["ActiveState"] not in ("activating", "reloading") and shown.get("Job", "0") in ("", "0"):
+        return failure(weights_unit(number), shown)
+    try:
+        told = json.loads((STORES / str(number) / "progress.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        told = {}
+    fresh = time.time() - told.get("updated", 0) < 30
+    return {
+        "done": told["done"] if fresh else 0,
+        "total": told["total"] if fresh else None,
+        "message": told["message"] if fresh else "",
+    }
+
+
+def status(wanted: list[tuple[int, int]]) -> dict[str, Any]:
+    """Return how far the instances are, or the journal's last lines of one that failed."""
     done = total = 0
-    waiting = []
+    messages = []
     for number, pages in wanted:
-        shown = show(number, "ActiveState", "SubState", "MainPID", "NRestarts")
-        state = shown["ActiveState"]
         planned = max(pages * PAGE_BYTES, 1)
+        store = store_status(number)
+        if store is not None:
+            if store.get("phase") == "failed":
+                return store
+            # A byte stays open until the server answers.
+            total += (store["total"] or planned) + 1
+            done += store["done"]
+            messages.append(f"{weights_unit(number)} {store['message']}".strip())
+            continue
         total += planned
+        shown = show(unit(number), "ActiveState", "SubState", "MainPID", "NRestarts")
+        state = shown["ActiveState"]
         if state == "active":
             done += planned
         elif state == "activating" and shown["SubState"] != "auto-restart" and shown["NRestarts"] == "0":
-            waiting.append(number)
+            messages.append(unit(number))
             done += min(hugetlb_bytes(int(shown["MainPID"])), planned - 1)
+        elif state == "inactive" and show(unit(number), "Job").get("Job", "0") not in ("", "0"):
+            messages.append(unit(number))
         else:
-            journal = subprocess.run(
-                ["journalctl", "--no-pager", "--output=cat", "--lines=30", f"--unit={unit(number)}"],
-                check=False,
-                capture_output=True,
-                text=True,
-            ).stdout
-            said = f"{unit(number)} is {state} ({shown['SubState']}); its last lines:\n{journal}"
-            print(json.dumps({"phase": "failed", "done": 0, "total": None, "message": said, "updated": time.time()}))
-            return
-    message = f"waiting for {', '.join(unit(number) for number in waiting)}" if waiting else "ready"
-    line = {"phase": "load", "done": done, "total": total, "unit": "bytes", "message": message, "updated": time.time()}
-    print(json.dumps(line))
+            return failure(unit(number), shown)
+    message = f"waiting for {', '.join(messages)}" if messages else "ready"
+    return {"phase": "load", "done": done, "total": total, "unit": "bytes", "message": message}
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -146,11 +214,11 @@ def main() -> int:
     if options.command == "digest":
         print(digest(options.number))
     elif options.command == "record":
-        record(options.number)
+        return record(options.number)
     elif options.command == "wait-ready":
         return wait_ready(options.url, options.pid)
     else:
-        status(options.wanted)
+        print(json.dumps({**status(options.wanted), "updated": time.time()}))
     return 0
 
 
