@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -17,7 +18,13 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible_collections.cpullm.epyc.plugins.plugin_utils import _report
 
-ARGUMENT_SPEC = {"dest": {"type": "str", "required": True}, "write": {"type": "bool", "default": True}}
+ARGUMENT_SPEC = {
+    "dest": {"type": "str", "required": True},
+    "write": {"type": "bool", "default": True},
+    "benchmarks": {"type": "str"},
+}
+# A result of a host with many figures is some 100 KiB.
+LARGEST_RESULT = 8 << 20
 
 # What a record takes of a host's variables: what the roles of this collection leave among them.
 VARIABLES = (
@@ -35,12 +42,29 @@ FACTS = tuple(
 )
 
 
-def record(name: str, variables: Mapping[str, Any], ended_early: bool) -> dict[str, Any]:
-    """Return what the report takes of one host's variables."""
+def latest_benchmarks(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the newest result of the role benchmark for each host; what is no such result is passed over."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")) if folder else ():
+        try:
+            if path.stat().st_size > LARGEST_RESULT:
+                continue
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["name"] == "benchmark" and kept["date"] >= newest.get(kept["host"], kept)["date"]:
+                newest[kept["host"]] = kept
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return newest
+
+
+def record(
+    name: str, variables: Mapping[str, Any], ended_early: bool, benchmark: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what the report takes of one host's variables, and its latest benchmark."""
     found: dict[str, Any] = {key: variables[key] for key in VARIABLES if key in variables}
     facts = found.get("ansible_facts") or {}
     found["ansible_facts"] = {key: facts[key] for key in FACTS if key in facts}
-    return {**found, "inventory_hostname": name, "ended_early": ended_early}
+    return {**found, "inventory_hostname": name, "ended_early": ended_early, "__benchmark": benchmark}
 
 
 def refusal(path: Path) -> str | None:
@@ -96,7 +120,11 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
         hostvars = task_vars["hostvars"]
         ended = set(task_vars.get("ansible_play_hosts_all", ())) - set(task_vars.get("ansible_play_hosts", ()))
         names = task_vars.get("groups", {}).get("all", ())
-        views = _report.hosts([record(str(name), hostvars[name], name in ended) for name in names])
+        folder = Path(self._loader.path_dwim(args["benchmarks"])) if args["benchmarks"] else None
+        benchmarks = latest_benchmarks(folder)
+        views = _report.hosts(
+            [record(str(name), hostvars[name], name in ended, benchmarks.get(str(name))) for name in names]
+        )
         page = _report.render(views, datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
         try:
             before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -470,6 +470,8 @@ def begin(name: str, plan: Plan, server: Server, variant: Mapping[str, Any], bin
         "instance": plan.number,
         "mode": plan.mode,
         "build": path.parent.parent.name,
+        # Whether it is the program that the instance's unit runs, and not another one.
+        "as_unit": str(path) == str(Path(plan.unit.binary).resolve()),
         "binary": str(path),
         "arguments": list(variant.get("arguments") or []),
         "environment": dict(variant.get("environment") or {}),

@@ -129,7 +129,7 @@ def judge(host: Host) -> dict[str, Any]:
             roofs.append(links)
         roofs += _attention_roof(socket, host)
     measured = [
-        {"socket": row["socket"], "gbs": row["gbs"], "tokens": _tokens(row["gbs"], host.plan)}
+        {"socket": row["socket"], "gbs": row["gbs"], "tokens": tokens_under(row["gbs"], host.plan)}
         for row in host.bandwidth.get("sockets") or []
     ]
     findings += _disks(host)
@@ -512,7 +512,7 @@ def _depths(plan: Mapping[str, Any]) -> list[int]:
     return [depth for depth in DEPTHS if depth < int(plan["context"])]
 
 
-def _tokens(gbs: float, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def tokens_under(gbs: float, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Return the tokens/s that a read rate allows at each depth: the weights and the KV cache are read for a token."""
     weights = int(plan["model"]["read_per_token_bytes"]) if plan else 0
     if not plan or not weights:
@@ -532,7 +532,7 @@ def _memory_roof(
         return []
     gbs = channels * CHANNEL_BYTES * mts / 1000
     name = f"{channels} channels x {CHANNEL_BYTES} bytes x {mts} MT/s"
-    return [{"socket": socket, "name": name, "gbs": gbs, "hypothesis": False, "tokens": _tokens(gbs, plan)}]
+    return [{"socket": socket, "name": name, "gbs": gbs, "hypothesis": False, "tokens": tokens_under(gbs, plan)}]
 
 
 def _link_roof(socket: int, host: Host) -> list[dict[str, Any]]:
@@ -542,7 +542,7 @@ def _link_roof(socket: int, host: Host) -> list[dict[str, Any]]:
         return []
     gbs = len(ccds) * CCD_LINK_GBS
     name = f"{len(ccds)} CCDs x {CCD_LINK_GBS:.0f} GB/s"
-    return [{"socket": socket, "name": name, "gbs": gbs, "hypothesis": True, "tokens": _tokens(gbs, host.plan)}]
+    return [{"socket": socket, "name": name, "gbs": gbs, "hypothesis": True, "tokens": tokens_under(gbs, host.plan)}]
 
 
 def _attention_roof(socket: int, host: Host) -> list[dict[str, Any]]:

@@ -25,6 +25,11 @@ options:
     description: With V(false) nothing is written, and only matplotlib and the directory of O(dest) are looked for.
     type: bool
     default: true
+  benchmarks:
+    description:
+      - A directory on the controller with results of the role C(benchmark). The newest of each host is shown, and drawn
+        under the roofs where its plan is the host's. It need not be there.
+    type: path
 attributes:
   check_mode:
     description: Says whether the report changes, without writing it.

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import Platform, platform_of
+from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark
+from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import Platform, platform_of, tokens_under
 from ansible_collections.cpullm.epyc.plugins.module_utils._plan import GIB, MIB, STRUCT_PAGE_SHARE
 from ansible_collections.cpullm.epyc.plugins.plugin_utils import _fleet
 from jinja2 import Environment, StrictUndefined
@@ -154,15 +155,49 @@ class Roof:
     colour: int
 
 
+# Depth in tokens, and the tokens/s that a benchmark's runs decoded there: median, least, most.
+Decoded = tuple[int, float, float, float]
+
+
 @dataclass(frozen=True)
 class Roofline:
-    """The roofs that sockets share, and what was measured under them, as a picture and in numbers."""
+    """The roofs that sockets share, and what was measured under them, as a picture and in numbers.
+
+    ``benchmarks`` are the points of each instance that was measured under this very plan.
+    """
 
     title: str
     depths: tuple[int, ...]
     roofs: tuple[Roof, ...]
     measured: tuple[float, ...]
+    benchmarks: tuple[tuple[Decoded, ...], ...]
     svg: Markup
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a benchmark in words; ``share`` of the measured read rate is empty where there is none."""
+
+    where: str
+    name: str
+    median: str
+    spread: str
+    unit: str
+    runs: str
+    share: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A host's latest benchmark: its figures, the ratios of two variants, and what is to be known of it."""
+
+    date: str
+    builds: str
+    planned: bool
+    figures: tuple[Figure, ...]
+    compared: str
+    ratios: tuple[Figure, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -188,6 +223,7 @@ class Host:
     no_slots: str
     bars: tuple[Bar, ...]
     rooflines: tuple[Roofline, ...]
+    benchmark: Benchmark | None
     reasons: tuple[tuple[str, str, str], ...]
     plan: str
 
@@ -484,26 +520,64 @@ def _rooflines(record: Mapping[str, Any], anchor: str) -> tuple[Roofline, ...]:
     facts = _fleet.facts_of(record)
     judgement, plan = facts.get("cpullm_judgement") or {}, facts.get("cpullm_plan") or {}
     rates = {row.instance: row.tokens_per_s for row in _fleet.instances(record)}
-    groups: dict[tuple[Roof, ...], list[tuple[int, float | None]]] = {}
+    groups: dict[tuple[Roof, ...], list[tuple[int, float | None, tuple[Decoded, ...]]]] = {}
     for row in plan.get("instances") or []:
-        roofs = _roofs(judgement, row["socket"])
+        roofs, measurement = _roofs(judgement, row["socket"]), _running(record, row["instance"])
+        points = _decoded(measurement) if measurement else ()
+        if measurement:
+            roofs = _with_read_rate(roofs, measurement, plan)
         if any(roof.points for roof in roofs):
-            groups.setdefault(roofs, []).append((int(row["socket"]), rates.get(row["instance"])))
+            groups.setdefault(roofs, []).append((int(row["socket"]), rates.get(row["instance"]), points))
     lines = []
     for number, (roofs, members) in enumerate(groups.items()):
-        title = f"Decode speed of {_sockets_named(socket for socket, _rate in members)}, over context depth"
-        measured = tuple(rate for _socket, rate in members if rate is not None)
-        svg = draw(tuple((roof.points, roof.kind, roof.colour) for roof in roofs), measured)
+        title = f"Decode speed of {_sockets_named(socket for socket, *_rest in members)}, over context depth"
+        measured = tuple(rate for _socket, rate, _points in members if rate is not None)
+        benchmarks = tuple(points for _socket, _rate, points in members if points)
+        svg = draw(tuple((roof.points, roof.kind, roof.colour) for roof in roofs), measured, benchmarks)
         lines.append(
             Roofline(
                 title=title,
                 depths=tuple(sorted({depth for roof in roofs for depth, _rate in roof.points})),
                 roofs=roofs,
                 measured=measured,
+                benchmarks=benchmarks,
                 svg=Markup(svg.replace("ID-", f"{anchor}-r{number}-").replace("TITLE", title)),  # noqa: S704 # ours
             )
         )
     return tuple(lines)
+
+
+def _running(record: Mapping[str, Any], instance: int) -> Mapping[str, Any] | None:
+    """Return what the latest benchmark measured of an instance as it ran under this very plan, or None."""
+    kept = record.get("__benchmark") or {}
+    plan = _fleet.facts_of(record).get("cpullm_plan") or {}
+    if not kept.get("plan") or kept["plan"] != plan.get("hash"):
+        return None
+    for row in kept["measurements"]:
+        if row["instance"] == instance and not row["arguments"] and not row["environment"] and row["as_unit"]:
+            return row  # type: ignore[no-any-return] # JSON
+    return None
+
+
+def _decoded(measurement: Mapping[str, Any]) -> tuple[Decoded, ...]:
+    """Return the points of a measurement's decode, in order of depth."""
+    found = []
+    for figure, values in _benchmark.figures(measurement).items():
+        depth = _benchmark.depth_of(figure)
+        if depth is not None:
+            found.append((depth, values.median, values.least, values.most))
+    return tuple(sorted(found))
+
+
+def _with_read_rate(
+    roofs: tuple[Roof, ...], measurement: Mapping[str, Any], plan: Mapping[str, Any]
+) -> tuple[Roof, ...]:
+    """Return roofs with that of the read rate which the benchmark measured, where no fact has one."""
+    read = _benchmark.figures(measurement).get("read")
+    if read is None or any(roof.kind == "measured" for roof in roofs):
+        return roofs
+    points = _points({"tokens": tokens_under(read.median, plan)})
+    return (*roofs, Roof("measured read rate", read.median, "measured", points, len(roofs) % len(_ROOFS)))
 
 
 def depth_text(depth: int) -> str:
@@ -512,11 +586,16 @@ def depth_text(depth: int) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def draw(roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...], measured: tuple[float, ...]) -> str:
+def draw(
+    roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...],
+    measured: tuple[float, ...],
+    benchmarks: tuple[tuple[Decoded, ...], ...] = (),
+) -> str:
     """Return a roofline as inline SVG, its ids beginning with ``ID-`` and its title being ``TITLE``.
 
-    ``roofs`` are (points, kind, colour) and ``measured`` are tokens/s of short completions, at a depth near 0. Numbers
-    alone go into the picture: what a roof is called stands beside it.
+    ``roofs`` are (points, kind, colour), ``measured`` are tokens/s of short completions, at a depth near 0, and
+    ``benchmarks`` the points of each instance that was measured. Numbers alone go into the picture: what a roof is
+    called stands beside it.
     """
     # Slow to load, and needed by nothing else on a controller.
     import matplotlib as mpl  # noqa: PLC0415
@@ -524,10 +603,11 @@ def draw(roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...], meas
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     depths = sorted({depth for points, _kind, _colour in roofs for depth, _rate in points} | {0})
+    decoded = [point for points in benchmarks for point in points]
     # Attention alone allows hundreds of tokens/s of a short context: its roof enters where it comes near the others.
     drawn = [point for points, _kind, _colour in roofs for point in points]
     empty = [rate for depth, rate in drawn if depth == 0]
-    highest = max([*(empty or [rate for _depth, rate in drawn]), *measured])
+    highest = max([*(empty or [rate for _depth, rate in drawn]), *measured, *(point[3] for point in decoded)])
     top = highest * 1.12 or 1
     plain = mpl.rc_context(
         {
@@ -555,7 +635,13 @@ def draw(roofs: tuple[tuple[tuple[tuple[int, float], ...], str, int], ...], meas
                 clip_on=any(rate > top for _depth, rate in points),
             )
         axes.plot([0] * len(measured), list(measured), "D", color=_GOOD, markersize=8, clip_on=False, gid="ID-measured")
-        axes.set_xlim(0, max(depths[-1], 1))
+        for number, row in enumerate(benchmarks):
+            places = [point[0] for point in row]
+            # From the least to the most of the runs, and the median on it.
+            axes.vlines(places, [point[2] for point in row], [point[3] for point in row], color=_GOOD)
+            medians = [point[1] for point in row]
+            axes.plot(places, medians, "s-", color=_GOOD, linewidth=1.2, markersize=5, gid=f"ID-benchmark-{number}")
+        axes.set_xlim(0, max([depths[-1], 1, *(point[0] for point in decoded)]))
         axes.set_ylim(0, top)
         axes.set_xticks(depths, [depth_text(depth) for depth in depths])
         axes.set_xlabel("tokens of context", color=_MUTED)
@@ -600,6 +686,67 @@ def _attribute(key: str, value: str) -> tuple[str, str]:
         for colour, name in _COLOURS.items():
             value = value.replace(colour, name)
     return key, value
+
+
+# --- The benchmark --------------------------------------------------------------------------------------------------
+
+
+def benchmark_of(record: Mapping[str, Any]) -> Benchmark | None:
+    """Return a host's latest benchmark in words, or None."""
+    kept = record.get("__benchmark")
+    if not kept:
+        return None
+    rows, notes = [], []
+    for measurement in kept["measurements"]:
+        where = f"instance {measurement['instance']}, {measurement['name']}"
+        reached = {row["figure"]: row["median"] for row in measurement["shares"]}
+        runs = Counter(str(run["figure"]) for run in measurement["runs"])
+        good = Counter(str(run["figure"]) for run in measurement["runs"] if not run["reasons"])
+        rows += [
+            Figure(
+                where,
+                figure,
+                _short(values.median),
+                f"{_short(values.least)} to {_short(values.most)}" if values.count > 1 else "",
+                _benchmark.unit_of(figure),
+                f"{good[figure]} of {runs[figure]}",
+                f"{reached[figure]:.0%}" if figure in reached else "",
+            )
+            for figure, values in _benchmark.figures(measurement).items()
+        ]
+        notes += [f"{where}: {row['figure']} was left out: {row['reason']}" for row in measurement["omitted"]]
+        for figure in runs:
+            if not good[figure]:
+                why = next("; ".join(run["reasons"]) for run in measurement["runs"] if run["figure"] == figure)
+                notes.append(f"{where}: no run of {figure} counts: {why}")
+    ratios = [
+        Figure(
+            f"instance {row['instance']}",
+            str(row["figure"]),
+            f"{row['ratio']['median']:.3f}",
+            f"{row['ratio']['least']:.3f} to {row['ratio']['most']:.3f}",
+            "",
+            str(row["ratio"]["count"]),
+            "",
+        )
+        for row in kept["ratios"]
+    ]
+    names = {(str(row["second_name"]), str(row["first_name"])) for row in kept["ratios"]}
+    plan = _fleet.facts_of(record).get("cpullm_plan") or {}
+    return Benchmark(
+        date=str(kept["date"]),
+        builds=_alike(str(row["build"]) for row in kept["measurements"]),
+        planned=bool(kept["plan"]) and kept["plan"] == plan.get("hash"),
+        figures=tuple(rows),
+        compared=" over ".join(names.pop()) if len(names) == 1 else "",
+        ratios=tuple(ratios),
+        notes=tuple(notes),
+    )
+
+
+def _short(value: float) -> str:
+    """Return a number with four digits that count."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -665,6 +812,7 @@ def _host(record: Mapping[str, Any], anchor: str) -> Host:
         no_slots="" if dimm.get("slots") else str(dimm.get("reason") or "not read"),
         bars=_bars(plan),
         rooflines=_rooflines(record, anchor),
+        benchmark=benchmark_of(record),
         reasons=tuple((str(row["output"]), str(row["value"]), str(row["reason"])) for row in plan.get("reasons", [])),
         plan=str(plan.get("hash", ""))[:12],
     )
@@ -721,6 +869,7 @@ def render(views: Sequence[Host], written: str) -> str:
     """Return the page; ``written`` is the time, in words."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["depth"] = depth_text
+    environment.filters["medians"] = lambda points: {point[0]: point[1] for point in points}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         hosts=views,
         states=Counter((view.state, view.tone) for view in views).most_common(),

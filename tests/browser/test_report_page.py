@@ -105,6 +105,24 @@ def test_each_host_has_its_findings_and_pictures(browser: Browser, report: str) 
     assert "at least 681.88 GiB on each socket" in refused
 
 
+def test_a_benchmark_is_a_table_and_points_under_the_roofs(browser: Browser, report: str) -> None:
+    page, _seen = visit(browser, report)
+    section = page.locator("section", has=page.get_by_role("heading", name="epyc-01"))
+    assert section.get_by_role("heading", name="Benchmark of 2026-11-25T19:00:00Z").is_visible()
+    cells = section.locator("table.benchmark tr", has_text="decode_d4096").locator("td").all_inner_texts()
+    assert cells == ["decode_d4096 tokens/s", "6.07", "6.02 to 6.11", "3 of 3", "91%"]
+    assert "no run of batch_4 counts: the machine swapped 3 pages" in section.inner_text()
+    # Three points, each between the axis and the roof that was measured.
+    points = section.locator("svg [id$='benchmark-0'] use")
+    assert points.count() == 3
+    heights = [points.nth(number).bounding_box()["y"] for number in range(3)]  # type: ignore[index]
+    assert heights == sorted(heights)
+    line = section.locator("svg [id$='benchmark-0'] path").first
+    assert line.evaluate("element => getComputedStyle(element).stroke") == colour(
+        page, ".key.benchmark", "borderTopColor"
+    )
+
+
 def test_every_picture_has_a_name_and_ids_of_its_own(browser: Browser, report: str) -> None:
     page, _seen = visit(browser, report)
     pictures = page.locator("svg")

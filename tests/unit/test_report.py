@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import stat
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.parsing.dataloader import DataLoader
 from ansible_collections.cpullm.epyc.plugins.action import fleet_report
 from ansible_collections.cpullm.epyc.plugins.filter.serving_table import FilterModule, serving_table
-from ansible_collections.cpullm.epyc.plugins.module_utils import _numa, _smbios
+from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark, _numa, _smbios
 from ansible_collections.cpullm.epyc.plugins.module_utils._judgement import Host, judge
 from ansible_collections.cpullm.epyc.plugins.module_utils._plan import GIB, Overrides, make_plan
 from ansible_collections.cpullm.epyc.plugins.plugin_utils import _fleet, _report
@@ -284,6 +285,78 @@ def test_measured_bandwidth_and_a_roof_without_one_are_drawn(whole: Facts) -> No
     page = _report.render([view(record)], "now")
     assert "measured read rate" in page
     assert "host-1-r0-measured" in page
+
+
+# --- The latest benchmark -------------------------------------------------------------------------------------------
+
+
+def test_a_benchmark_is_drawn_under_the_roofs_of_its_own_plan(fleet: list[Facts]) -> None:
+    host = view(fleet[0])
+    (line,) = host.rooflines
+    assert line.benchmarks == (((0, 6.41, 6.38, 6.45), (4096, 6.07, 6.02, 6.11), (16384, 5.24, 5.1, 5.3)),)
+    assert "benchmark-0" in line.svg
+    assert [(roof.kind, roof.gbs) for roof in line.roofs if roof.kind == "measured"] == [("measured", 263.0)]
+    page = _report.render([host], "now")
+    assert "measured, the latest benchmark" in page
+    assert "under another plan" not in page
+
+
+def test_a_benchmark_of_another_plan_or_setting_is_told_and_not_drawn(fleet: list[Facts]) -> None:
+    other = {**fleet[0], "__benchmark": {**fleet[0]["__benchmark"], "plan": "0" * 64}}
+    host = view(other)
+    assert host.rooflines[0].benchmarks == ()
+    assert host.benchmark is not None
+    assert not host.benchmark.planned
+    assert "Measured under another plan than today" in _report.render([host], "now")
+    changed = fleet_builder.measured(fleet[0], fleet_builder.FIGURES, arguments=["--threads", "1"])
+    assert view(changed).rooflines[0].benchmarks == ()
+    assert view(fleet_builder.measured(fleet[0], fleet_builder.FIGURES, as_unit=False)).rooflines[0].benchmarks == ()
+
+
+def test_a_benchmark_says_what_was_left_out_and_what_never_counted(fleet: list[Facts]) -> None:
+    benchmark = view(fleet[0]).benchmark
+    assert benchmark is not None
+    assert benchmark.notes == (
+        "instance 0, running: restart was left out: benchmark_downtime_allowed is false",
+        "instance 0, running: no run of batch_4 counts: the machine swapped 3 pages",
+    )
+    rows = {row.name: (row.median, row.spread, row.unit, row.runs, row.share) for row in benchmark.figures}
+    assert rows["prefill_512"] == ("58.4", "58.1 to 58.9", "tokens/s", "3 of 3", "")
+    # 6.41 tokens/s of 39.2 GB, of 263 GB/s.
+    assert rows["decode_d0"][4] == "96%"
+    assert "batch_4" not in rows
+    assert view(fleet[1]).benchmark is None
+
+
+def test_ratios_of_two_variants_are_shown(whole: Facts) -> None:
+    record = fleet_builder.measured(whole, {"decode_d0": (8.0, 8.0)})
+    first = record["__benchmark"]["measurements"][0]
+    second = {**first, "name": "candidate", "runs": [{**run, "value": 12.0} for run in first["runs"]]}
+    result = {**record["__benchmark"], "interleaved": True, "measurements": [first, second]}
+    kept = _benchmark.document("whole", result, {"tokens": 64}, record["ansible_facts"]["cpullm_plan"])
+    benchmark = view({**record, "__benchmark": kept}).benchmark
+    assert benchmark is not None
+    assert (benchmark.compared, benchmark.ratios[0].median) == ("candidate over running", "1.500")
+    assert "candidate over running" in _report.render([view({**record, "__benchmark": kept})], "now")
+
+
+def test_the_newest_result_of_each_host_is_taken(fleet: list[Facts], tmp_path: Path) -> None:
+    kept = fleet[0]["__benchmark"]
+    for number, date in enumerate(("2026-11-24T00:00:00Z", "2026-11-25T00:00:00Z", "2026-11-23T00:00:00Z")):
+        (tmp_path / f"{number}.json").write_text(json.dumps({**kept, "date": date}))
+    (tmp_path / "other.json").write_text('{"name": "kernels", "figures": {}}')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("{")
+    found = fleet_report.latest_benchmarks(tmp_path)
+    assert {name: row["date"] for name, row in found.items()} == {"epyc-01": "2026-11-25T00:00:00Z"}
+    assert fleet_report.latest_benchmarks(tmp_path / "none") == fleet_report.latest_benchmarks(None) == {}
+
+
+@pytest.mark.parametrize("odd", [[], "text", {"plan": "x"}, {"measurements": [{}]}, {"measurements": None, "plan": 1}])
+def test_a_result_of_any_shape_costs_only_its_own_host(odd: Any, fleet: list[Facts]) -> None:
+    views = _report.hosts([{**fleet[0], "__benchmark": odd}, fleet[1]])
+    assert views[1].state == "NOT SERVING: reboot required"
+    _report.render(views, "now")
 
 
 def test_a_drawing_is_the_same_each_time(fleet: list[Facts]) -> None:
