@@ -89,14 +89,18 @@ def parse_release(release: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def build(size_kib: int, pages: Sequence[tuple[int, int]], release: str) -> list[str]:
-    """Return the arguments that reserve (node, pages) at boot: per node where the kernel knows it, else in one sum."""
+def build(size_kib: int, pages: Sequence[tuple[int, int]], release: str, free_vmemmap: bool = False) -> list[str]:
+    """Return the arguments that reserve (node, pages) at boot: per node where the kernel knows it, else in one sum.
+
+    With `free_vmemmap` the kernel gives back what describes the 4 KiB pages of a huge one.
+    """
     word = size_word(size_kib)
     if parse_release(release) >= PER_NODE_SINCE:
         count = ",".join(f"{node}:{number}" for node, number in pages)
     else:
         count = str(sum(number for _node, number in pages))
-    return [f"default_hugepagesz={word}", f"hugepagesz={word}", f"hugepages={count}"]
+    arguments = [f"default_hugepagesz={word}", f"hugepagesz={word}", f"hugepages={count}"]
+    return ["hugetlb_free_vmemmap=on", *arguments] if free_vmemmap else arguments
 
 
 def check(arguments: Sequence[str]) -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _hugepages
-from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import numbered, read_optional, read_text
+from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _hugepages, _iomem
+from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import read_optional, read_text
 
 DEFAULTS = "/etc/default/grub"
 DROP_INS = "/etc/default/grub.d"
@@ -82,9 +82,7 @@ class Host:
     release: str
     running: tuple[str, ...]
     cpu_flags: frozenset[str]
-    memory_bytes: int
-    node_bytes: tuple[tuple[int, int], ...]
-    gib_ranges: int | None
+    memory: _iomem.Memory
     pools: tuple[_hugepages.Pool, ...]
     default_size_kib: int | None
     drop_in: str | None
@@ -199,22 +197,6 @@ def config_faults(text: str, wanted: Sequence[str]) -> list[str]:
     ]
 
 
-def count_gib_ranges(iomem: str) -> int | None:
-    """Return how many aligned GiB lie wholly in System RAM, or None where the addresses are hidden (not root).
-
-    No boot can reserve more 1 GiB pages than that. It is a bound from above: the kernel itself needs some of them.
-    """
-    total = 0
-    seen = False
-    for line in iomem.splitlines():
-        match = re.match(r"([0-9a-f]+)-([0-9a-f]+) : System RAM$", line)
-        if match:
-            start, end = int(match[1], 16), int(match[2], 16) + 1
-            seen = seen or end > 1
-            total += max(0, end // GIB - -(-start // GIB))
-    return total if seen else None
-
-
 def read_host(root: str = "/") -> Host:
     """Return everything about the host that matters here; raises OSError or ValueError where the kernel hides it."""
     base = root.rstrip("/")
@@ -233,21 +215,13 @@ def read_host(root: str = "/") -> Host:
     pools = _hugepages.read(root)
     cpuinfo = re.search(r"^flags\s*:(.*)$", read_text(root, "/proc/cpuinfo"), re.MULTILINE)
     mkconfig = next((path for path in MKCONFIG if os.path.exists(base + path)), None)
-    memory = _hugepages.parse_meminfo(read_text(root, "/proc/meminfo"), "MemTotal")
-    nodes = []
-    for node in numbered(root, "/sys/devices/system/node", "node"):
-        text = read_optional(root, f"/sys/devices/system/node/node{node}/meminfo") or ""
-        match = re.search(r"MemTotal: +([0-9]+) kB", text)
-        if match:
-            nodes.append((node, int(match[1]) * 1024))
+    release = read_text(root, "/proc/sys/kernel/osrelease").strip()
     return Host(
         boot_id=read_text(root, "/proc/sys/kernel/random/boot_id").strip(),
-        release=read_text(root, "/proc/sys/kernel/osrelease").strip(),
+        release=release,
         running=tuple(_cmdline.split(read_text(root, "/proc/cmdline"))),
         cpu_flags=frozenset(cpuinfo[1].split() if cpuinfo else ()),
-        memory_bytes=(memory or 0) * 1024,
-        node_bytes=tuple(nodes),
-        gib_ranges=count_gib_ranges(read_optional(root, "/proc/iomem") or ""),
+        memory=_iomem.read(root, release),
         pools=pools.pools,
         default_size_kib=pools.default_size_kib,
         drop_in=read_optional(root, DROP_IN),
@@ -337,29 +311,9 @@ def taken_over(place: Place) -> bool:
 def findings(host: Host, wanted: Wanted) -> list[str]:
     """Return why the wanted pages cannot be reserved by GRUB; nothing may be touched unless this is empty."""
     found = _cmdline.check(wanted.arguments)
-    if wanted.size_kib == 1048576 and "pdpe1gb" not in host.cpu_flags:
-        found.append("the CPU's flags lack pdpe1gb, so it has no 1 GiB pages: only 2 MiB pages are possible here")
-    nodes = dict(host.node_bytes)
-    size = wanted.size_kib * 1024
-    asked = sum(pages for _node, pages in wanted.pages) * size
-    for node, pages in wanted.pages:
-        if nodes and node not in nodes:
-            found.append(f"node {node} is asked for {pages} pages, and the host has only the nodes {sorted(nodes)}")
-        elif nodes and pages * size > nodes[node]:
-            found.append(
-                f"node {node}: {pages} pages are {_gib(pages * size)}, and it has {_gib(nodes[node])} of memory"
-            )
-    if asked + wanted.reserve_bytes > host.memory_bytes:
-        found.append(
-            f"the pages are {_gib(asked)} and the system keeps {_gib(wanted.reserve_bytes)} "
-            f"(grub_hugepages_system_reserve_bytes), but the memory is {_gib(host.memory_bytes)}: "
-            "fewer pages, a smaller model or more memory"
-        )
-    if wanted.size_kib == 1048576 and host.gib_ranges is not None and asked // GIB > host.gib_ranges:
-        found.append(
-            f"{asked // GIB} pages of 1 GiB are asked, and /proc/iomem shows {host.gib_ranges} whole aligned GiB of "
-            "System RAM: the boot would end with fewer and say so only in the kernel's log"
-        )
+    found += _iomem.findings(host.memory, host.cpu_flags, wanted.size_kib, wanted.pages, wanted.reserve_bytes)
+    if wanted.method == "runtime":
+        return found
     if host.config is None or host.mkconfig is None:
         missing = CONFIG if host.config is None else MKCONFIG[0]
         found.append(
@@ -395,16 +349,12 @@ def findings(host: Host, wanted: Wanted) -> list[str]:
     return found
 
 
-def _gib(number: int) -> str:
-    return f"{number / GIB:.1f} GiB"
-
-
 def survey(host: Host, wanted: Wanted) -> dict[str, Any]:
     """Return the fact `cpullm_grub_hugepages`."""
-    external = wanted.method == "external"
+    boot = wanted.method == "boot"
     running_right = _cmdline.carries(host.running, wanted.arguments)
     faults = pool_faults(host, wanted)
-    configured = not external and host.config is not None and not config_faults(host.config, wanted.arguments)
+    configured = boot and host.config is not None and not config_faults(host.config, wanted.arguments)
     return {
         "readable": True,
         "reason": None,
@@ -414,13 +364,14 @@ def survey(host: Host, wanted: Wanted) -> dict[str, Any]:
         "running": _cmdline.hugepage_arguments(host.running),
         "running_right": running_right,
         "configured": configured and host.drop_in == render_drop_in(wanted.arguments, wanted.takeover),
-        "reboot_required": not external and not running_right,
+        "asked_of_grub": host.drop_in is not None or bool(host.ours),
+        "reboot_required": boot and not running_right,
         "pools": pages_found(host, wanted),
         "pools_right": not faults,
         "pool_faults": faults,
         "conflicts": [asdict(place) for place in host.conflicts],
-        "findings": [] if external else findings(host, wanted),
-        "memory_bytes": host.memory_bytes,
+        "findings": [] if wanted.method == "external" else findings(host, wanted),
+        "memory_bytes": host.memory.memory_bytes,
     }
 
 

@@ -260,7 +260,8 @@ def faults(
             f"expected {' '.join(record.arguments)} in this order and nothing else about huge pages"
         )
     lines += _grub.pool_faults(host, record.wanted)
-    left = host.memory_bytes - sum(pool.total * pool.size_kib * 1024 for pool in host.pools if pool.node is not None)
+    held = sum(pool.total * pool.size_kib * 1024 for pool in host.pools if pool.node is not None)
+    left = host.memory.memory_bytes - held
     if left < record.reserve_bytes:
         lines.append(
             f"{left / _grub.GIB:.2f} GiB are left beside the pages, expected at least "

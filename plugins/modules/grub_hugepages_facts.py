@@ -31,9 +31,10 @@ options:
   method:
     description:
       - V(boot) reserves through the kernel command line.
+      - V(runtime) reserves early in boot through C(/sys), without GRUB.
       - V(external) means that others reserve the pages, and only the pools are compared.
     type: str
-    choices: [boot, external]
+    choices: [boot, runtime, external]
     default: boot
   size_kib:
     description: Size of a page in KiB.
@@ -66,6 +67,12 @@ options:
     default: 2147483648
   takeover:
     description: Whether huge page arguments in files that are read before our drop-in are left out instead of refused.
+    type: bool
+    default: false
+  free_vmemmap:
+    description:
+      - Whether the kernel gives back what describes the 4 KiB pages of a huge one, 16 MiB for each of 1 GiB.
+      - Where O(arguments) is given, C(hugetlb_free_vmemmap=on) has to be among them.
     type: bool
     default: false
 notes:
@@ -129,6 +136,9 @@ ansible_facts:
         reboot_required:
           description: Whether only a reboot can bring the wanted arguments.
           type: bool
+        asked_of_grub:
+          description: Whether GRUB's files, or the running boot, have arguments of ours.
+          type: bool
         pools:
           description: For each node, pages asked, found and free.
           type: list
@@ -147,7 +157,9 @@ ansible_facts:
           sample: [{"file": "/etc/default/grub", "line": 9, "text": "GRUB_CMDLINE_LINUX=hugepages=4"}]
         findings:
           description:
-            - Why the pages cannot be reserved by GRUB here, each with the way out. Empty means it can be tried.
+            - Why the pages cannot be reserved here in this way, each with the way out. Empty means it can be tried.
+            - What forbids a trial boot (an environment block that GRUB cannot write, a distribution where nobody tried)
+              is named only where a reboot is required.
           type: list
         trial:
           description:
@@ -161,14 +173,14 @@ ansible_facts:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _grub, _trial
+from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _grub, _preflight, _trial
 
 
 def main() -> None:
     """Read, compare and answer."""
     module = AnsibleModule(
         argument_spec={
-            "method": {"type": "str", "choices": ["boot", "external"], "default": "boot"},
+            "method": {"type": "str", "choices": ["boot", "runtime", "external"], "default": "boot"},
             "size_kib": {"type": "int", "choices": [2048, 1048576], "default": 1048576},
             "nodes": {
                 "type": "list",
@@ -179,6 +191,7 @@ def main() -> None:
             "arguments": {"type": "list", "elements": "str"},
             "reserve_bytes": {"type": "int", "default": 2147483648},
             "takeover": {"type": "bool", "default": False},
+            "free_vmemmap": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -186,7 +199,9 @@ def main() -> None:
     pages = tuple((item["node"], item["pages"]) for item in params["nodes"])
     try:
         host = _grub.read_host()
-        arguments = params["arguments"] or _cmdline.build(params["size_kib"], pages, host.release)
+        arguments = params["arguments"] or _cmdline.build(
+            params["size_kib"], pages, host.release, params["free_vmemmap"]
+        )
     except (OSError, ValueError) as error:
         module.exit_json(
             changed=False, ansible_facts={"cpullm_grub_hugepages": {"readable": False, "reason": str(error)}}
@@ -198,8 +213,14 @@ def main() -> None:
     survey = _grub.survey(host, wanted)
     found = _trial.read()
     survey["trial"] = _trial.state(host, found) if wanted.method == "boot" else "none"
-    if survey["reboot_required"]:
+    if wanted.method == "runtime":
+        survey["findings"] += _preflight.runtime_faults(params["free_vmemmap"])
+    elif survey["reboot_required"]:
+        nodes = sum(1 for room in host.memory.rooms if room.memory_bytes)
+        survey["findings"] += _preflight.trial_faults(host.release, arguments, pages, nodes)
         survey["findings"] += _trial.findings(host, found, wanted.arguments, _trial.MIN_DEADLINE_S)
+    survey["pool_faults"] += _preflight.vmemmap_faults(params["free_vmemmap"])
+    survey["pools_right"] = not survey["pool_faults"]
     module.exit_json(changed=False, ansible_facts={"cpullm_grub_hugepages": survey})
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _manifest
+from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _grubenv, _manifest
 
 from tests.support import gguf_file
 from tests.unit import smbios_builder, tree_builder
@@ -153,6 +153,18 @@ def grub() -> Iterable[bytes]:
         yield text.encode()
 
 
+def grubenv() -> Iterable[bytes]:
+    """A block with an entry that is to boot once, and hosts with it on a partition and on a mapping."""
+    block = (_grubenv.SIGNATURE + "# WARNING: by grub-editenv\nsaved_entry=a\\\\b\nnext_entry=cpullm\n").encode()
+    yield block.ljust(_grubenv.SIZE, b"#")
+    for device, files in (("8:2", {"partition": "2\n"}), ("253:0", {"dm/uuid": "LVM-x\n", "dm/name": "vg-root\n"})):
+        mounts = f"25 1 {device} / / rw,relatime shared:1 - ext4 /dev/x rw\n30 25 0:5 / /dev rw - devtmpfs udev rw\n"
+        yield mounts.encode()
+        parts = {f"sys/dev/block/{device}/{name}": text for name, text in files.items()}
+        parts = {"proc/self/mountinfo": mounts, **parts, "boot/grub/grubenv": block.decode().ljust(1024, "#")}
+        yield "".join(f"== /{path}\n{text}" for path, text in parts.items()).encode()
+
+
 def settings() -> Iterable[bytes]:
     """Settings with a file that undoes one of them, and an os-release."""
     yield (
@@ -208,6 +220,7 @@ SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
         condition,
         cmdline,
         grub,
+        grubenv,
         settings,
         serving,
         progress,

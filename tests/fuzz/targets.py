@@ -35,8 +35,10 @@ from ansible_collections.cpullm.epyc.plugins.module_utils import (
     _engine,
     _gguf,
     _grub,
+    _grubenv,
     _hub,
     _hugepages,
+    _iomem,
     _judgement,
     _manifest,
     _numa,
@@ -316,7 +318,9 @@ def numa(data: bytes) -> None:
     if ranges is not None:
         whole = _numa.whole_gib(ranges, 0, 1 << 52)
         assert 0 <= whole <= sum(max(0, end - start) for start, end in ranges) // GIB
-        assert (_grub.count_gib_ranges(text) or 0) >= 0
+        assert (
+            0 <= _iomem.reservable(ranges, "6.1.0") <= _iomem.reservable(ranges, "6.15.0") <= _iomem.whole_gib(ranges)
+        )
     _numa.parse_cpuinfo(text)
     _build.parse_cpu_flags(text)
 
@@ -395,7 +399,27 @@ def grub(data: bytes) -> None:
     for argument in _grub.drop_in_arguments(text):
         assert argument in text
     assert isinstance(_grub.config_faults(text, ["hugepagesz=1G", "hugepages=3"]), list)
-    assert (_grub.count_gib_ranges(text) or 0) >= 0
+
+
+def grubenv(data: bytes) -> None:
+    """An environment block, mounts, or a tree with both."""
+    if data.startswith(b"== /"):
+        with tree(data) as root:
+            for fault in _grubenv.faults(_grubenv.read(root)):
+                assert fault.isprintable() and len(fault) <= 2000, repr(fault)
+        return
+    pairs = refused(_grubenv.parse_block, data)
+    if pairs is not None:
+        assert len(data) == _grubenv.SIZE and all(name and "=" not in name for name, _value in pairs)
+        # What GRUB writes of the same pairs comes back as they were.
+        lines = "".join(f"{name}={value}".replace("\\", "\\\\").replace("\n", "\\\n") + "\n" for name, value in pairs)
+        written = (_grubenv.SIGNATURE + lines).encode("latin-1")
+        if len(written) <= _grubenv.SIZE:
+            assert _grubenv.parse_block(written.ljust(_grubenv.SIZE, b"#")) == pairs
+    mounts = _grubenv.parse_mountinfo(text_of(data))
+    for path in ("/boot/grub/grubenv", "/"):
+        mount = _grubenv.mount_of(mounts, path)
+        assert mount is None or path.startswith(mount.path.rstrip("/"))
 
 
 def settings(data: bytes) -> None:
@@ -584,6 +608,16 @@ TARGETS: dict[str, Target] = {
             "### BEGIN /etc/grub.d/10_linux ###",
             "\tlinux\t/vmlinuz ",
             "${GRUB_CMDLINE_LINUX_DEFAULT:+$GRUB_CMDLINE_LINUX_DEFAULT }",
+        ),
+    ),
+    "grubenv": Target(
+        grubenv,
+        1 << 12,
+        (
+            "# GRUB Environment Block\n",
+            "next_entry=cpullm\n",
+            "25 1 253:0 / / ro,relatime shared:1 - ext4 /dev/mapper/vg-root ro\n",
+            *("== /boot/grub/grubenv\n", "== /proc/self/mountinfo\n", "== /sys/dev/block/253:0/dm/uuid\nLVM-"),
         ),
     ),
     "settings": Target(

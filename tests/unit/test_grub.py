@@ -360,10 +360,6 @@ def test_external_compares_the_pools_alone(root: Path) -> None:
     assert fact["pool_faults"] == ["node 1: 3 pages of 1 GiB asked, 2 found"]
 
 
-def test_hidden_addresses_are_no_reason_to_refuse() -> None:
-    assert _grub.count_gib_ranges("00000000-00000000 : System RAM\n00000000-00000000 : System RAM\n") is None
-
-
 def test_comments_are_no_code() -> None:
     assert _grub.code_of("A='x # y' # hugepages=1") == "A='x # y' "
     assert _cmdline.find_hugepage_arguments(_grub.code_of("#hugepages=1")) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _hugepages, _menu, _trial
+from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _hugepages, _iomem, _menu, _trial
 from hypothesis import given
 from hypothesis import strategies as st
 from test_menu import config
@@ -37,15 +37,18 @@ def pool(node: int | None, total: int) -> _hugepages.Pool:
     return _hugepages.Pool(node, 1048576, total, total, 0, None, None)
 
 
+def memory(total: int) -> _iomem.Memory:
+    rooms = tuple(_iomem.Room(node, total // 2, 3, 3) for node in (0, 1))
+    return _iomem.Memory(total, 6, rooms)
+
+
 def host(**changes: Any) -> _grub.Host:
     base = _grub.Host(
         boot_id=NEW,
         release="6.1.0-40-amd64",
         running=("ro", *WANTED, "panic=10", MARK),
         cpu_flags=frozenset({"pdpe1gb"}),
-        memory_bytes=8 << 30,
-        node_bytes=((0, 4 << 30), (1, 4 << 30)),
-        gib_ranges=6,
+        memory=memory(8 << 30),
         pools=(pool(None, 6), pool(0, 3), pool(1, 3)),
         default_size_kib=1048576,
         drop_in=None,
@@ -146,7 +149,7 @@ def test_state(host_changes: dict[str, Any], found_changes: dict[str, Any], expe
             {"pools": (pool(0, 3), pool(1, 2))}, {}, [], "active", "node 1: 3 pages of 1 GiB asked, 2 found", id="pools"
         ),
         pytest.param(
-            {"memory_bytes": (6 << 30) + (1 << 29)},
+            {"memory": memory((6 << 30) + (1 << 29))},
             {},
             [],
             "active",
