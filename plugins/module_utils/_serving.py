@@ -147,9 +147,8 @@ def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if wanted["hugepages"]:
         planned = wanted["pages"] * wanted["size_kib"]
         if found["hugetlb_kib"] != planned:
-            differences.append(
-                f"HugetlbPages is {found['hugetlb_kib']} kB, expected {planned} kB ({wanted['pages']} pages)"
-            )
+            held = "not known" if found["hugetlb_kib"] is None else f"{found['hugetlb_kib']} kB"
+            differences.append(f"HugetlbPages is {held}, expected {planned} kB ({wanted['pages']} pages)")
         stray = [entry for entry in found["nodes"] if wanted["nodes"] and entry["node"] not in wanted["nodes"]]
         differences.extend(
             f"{entry['pages']} pages lie on node {entry['node']}, expected only nodes {wanted['nodes']}"

@@ -299,8 +299,9 @@ def _stopped(record: Mapping[str, Any]) -> list[Finding]:
 def _differences(record: Mapping[str, Any]) -> list[Finding]:
     """Return what the verification found, of servers first, then of all else that was compared."""
     servers = [
-        Finding("failed", f"llama-server@{row.instance}", text, "", "", "`journalctl -u` it on the host.")
+        Finding("failed", unit, text, way_out=f"`journalctl -u {unit}` on the host.")
         for row in _fleet.instances(record)
+        for unit in (f"llama-server@{row.instance}",)
         for text in row.deviations
     ]
     # What ended the plan, and what the servers' differences say already, is not said twice.

@@ -71,7 +71,7 @@ def test_no_difference_is_no_deviation():
         pytest.param({"health": 503}, {}, "GET /health answers 503, expected 200", id="loading"),
         pytest.param({"health": 0, "error": "refused"}, {}, "GET /health answers refused", id="silent"),
         pytest.param({"hugetlb_kib": 2097152}, {}, "HugetlbPages is 2097152 kB, expected 3145728 kB", id="short"),
-        pytest.param({"hugetlb_kib": None}, {}, "HugetlbPages is None kB", id="unreadable"),
+        pytest.param({"hugetlb_kib": None}, {}, "HugetlbPages is not known, expected", id="unreadable"),
         pytest.param({"nodes": [{"node": 1, "pages": 3}]}, {}, "3 pages lie on node 1", id="other-node"),
         pytest.param({"text": "We hold"}, {}, "expected it to contain 'hold these'", id="wrong-text"),
         pytest.param({"text": ""}, {"expect": None}, "the completion is empty", id="no-text"),
