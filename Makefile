@@ -67,11 +67,12 @@ fuzz: setup ## Look for inputs that break a parser: FUZZ_SECONDS=600 FUZZ_TARGET
 collection: setup ## Build the collection's tarball in build/
 	@ansible-galaxy collection build --force --output-path build
 
-report-picture: setup ## Draw docs/report.png anew
+report-picture: setup ## Draw docs/report.png and docs/report-lab.png anew
 	@mkdir -p build/report
-	@CPULLM_REPORT_PICTURES=$(CURDIR)/build/report python -m pytest -q tests/browser -k fits
+	@CPULLM_REPORT_PICTURES=$(CURDIR)/build/report python -m pytest -q tests/browser tests/acceptance/test_report_lab.py -k 'fits or browser'
 	@python -c 'from PIL import Image; \
-	  Image.open("build/report/report-light-1280.png").quantize(256, method=1, dither=0).save("docs/report.png", optimize=True)'
+	  [Image.open(f"build/report/{name}.png").quantize(256, method=1, dither=0).save(f"docs/{to}.png", optimize=True) \
+	   for name, to in (("report-light-1280", "report"), ("lab-fleet", "report-lab"))]'
 
 lab-down: ## Stop and remove every host of the lab, and give back its pages
 	@python3 -m lab down --all
