@@ -33,6 +33,8 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._text import printable
 
 MAX_ANSWER_BYTES = 64 << 20
 MAX_PAGES = 1000
+# Of a repository; each is kept until the last page came.
+MAX_FILES = 100_000
 MAX_WAIT_S = 120.0
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
@@ -183,6 +185,8 @@ class Hub:
                 raise HubError(f"{_plain(address)}: found {type(rows).__name__}, expected a list of files")
             entries = [row for row in rows if isinstance(row, dict) and row.get("type") == "file"]
             found.extend(_candidate(row, _plain(address)) for row in entries)
+            if len(found) > MAX_FILES:
+                raise HubError(f"{base}: the tree has more than {MAX_FILES} files")
             following = next_page(headers.get("Link"))
             if following is None:
                 return found

@@ -155,7 +155,7 @@ def _parse_source(data: Mapping[str, Any]) -> HubSource | DirectorySource:
         )
     if kind == "directory":
         path = str(_field(data, "path", str, where))
-        if not os.path.isabs(path):
+        if not os.path.isabs(path) or not path.isprintable():
             raise ValueError(f"{where}path: found {path!r:.80}, expected an absolute path")
         return DirectorySource(path)
     raise ValueError(f"{where}type: found {kind!r:.80}, expected hub or directory")
@@ -376,6 +376,7 @@ def manifest_of_directory(
     file that is read, the bytes done and the bytes in all.
     """
     path = os.path.realpath(path)
+    _parse_source(source_to_data(DirectorySource(path)))
     stem, _dummy, files = choose_shards(list_directory(path), pattern)
     headers = [read_shard_header(file.path, os.path.join(path, file.path)) for file in files]
     describe_model([(file.path, header) for file, header in zip(files, headers)])

@@ -166,6 +166,12 @@ def test_a_server_without_ranges_serves_small_headers_only(server: hub.Hub) -> N
     assert resolve(server).name == "tiny"
 
 
+def test_a_tree_without_end_is_left(server: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_hub, "MAX_FILES", 3)
+    with pytest.raises(HubError, match="the tree has more than 3 files"):
+        resolve(server)
+
+
 def test_unknown_repository_and_revision(server: hub.Hub) -> None:
     with pytest.raises(HubError, match="HTTP 404"):
         client(server).commit("org/none", "main")

@@ -119,6 +119,10 @@ def put(path: str, value: Any) -> Any:
         (put("source", {"type": "ftp"}), "source.type: found 'ftp', expected hub or directory"),
         (put("source", {"type": "directory", "path": "x"}), "source.path: found 'x', expected an absolute path"),
         (
+            put("source", {"type": "directory", "path": "/x\n"}),
+            r"source.path: found '/x\n', expected an absolute path",
+        ),
+        (
             put("source", {"type": "hub", "endpoint": "ftp://x", "repo": "a/b", "commit": "0" * 40}),
             "source.endpoint: found 'ftp://x'",
         ),
