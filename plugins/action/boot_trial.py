@@ -106,7 +106,7 @@ class ActionModule(reboot.ActionModule):
         # The play's own process: workers come and go with their tasks.
         self._me = identify(os.getppid())
         self._power_cycled = False
-        if self._connection.transport == "local":
+        if self._connection.transport == "local" and self._args["state"] == "present":
             raise AnsibleActionFail(f"{self._host}: its connection is local, so this would reboot the controller")
         if self._task.check_mode:
             result.update(self._foresee())
@@ -140,13 +140,14 @@ class ActionModule(reboot.ActionModule):
                 return self._step(name, **{**more, "dead": held["key"]})
             raise AnsibleActionFail(
                 f"{self._host}: another play is at work on its boot: process {held.get('pid')} on "
-                f"{held.get('controller')}, since {held.get('since')} (seconds since 1970). Wait until it ends. If it "
-                f"is dead, the host is free in {format_duration(held.get('left_s', 0))}, or at once after "
+                f"{held.get('controller')}, since {held.get('since')}. Wait until it ends. If it is dead, the host is "
+                f"free in {format_duration(held.get('left_s', 0))}, or at once after "
                 "`rm /var/lib/cpullm/boot_trial.lock` there"
             )
         return answer
 
     def _begin(self) -> dict[str, Any]:
+        """Take the host for this play, or keep it, and look at it."""
         return self._step("begin")
 
     def _foresee(self) -> dict[str, Any]:

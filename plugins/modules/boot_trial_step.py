@@ -307,7 +307,8 @@ def take(module: AnsibleModule) -> dict[str, Any] | None:
         until = held.get("until")
         if isinstance(until, int) and now < until <= now + 7 * 86400:
             return {**held, "left_s": until - now}
-    _trial.write_lock({**owner, "since": now, "until": now + params["lease_s"]})
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+    _trial.write_lock({**owner, "since": since, "until": now + params["lease_s"]})
     return None
 
 
