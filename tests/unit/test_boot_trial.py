@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible_collections.cpullm.epyc.plugins.action import boot_trial
+from ansible_collections.cpullm.epyc.plugins.modules import boot_trial_step
 from test_job import CLONE, PLAYBOOK, environment
 
 LOOKED: dict[str, Any] = {
@@ -344,3 +345,55 @@ def test_the_controller_is_never_tried(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "its connection is local, so this would reboot the controller" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("held", "dead", "taken"),
+    [
+        pytest.param(None, None, True, id="free"),
+        pytest.param({"key": "me", "until": 2000}, None, True, id="mine"),
+        pytest.param({"key": "other", "until": 2000}, None, False, id="another-s"),
+        pytest.param({"key": "other", "until": 999}, None, True, id="over"),
+        pytest.param({"key": "other", "until": 2000}, "other", True, id="known-to-be-dead"),
+        pytest.param({"key": "other", "until": 2000}, "third", False, id="another-one-is-dead"),
+        pytest.param({"key": "other", "until": 10**9}, None, True, id="clock-was-wrong"),
+        pytest.param({"key": "other"}, None, True, id="damaged"),
+    ],
+)
+def test_one_play_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, held: dict[str, Any] | None, dead: str | None, taken: bool
+) -> None:
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(boot_trial_step._trial, "read_lock", lambda: held)
+    monkeypatch.setattr(boot_trial_step._trial, "write_lock", written.append)
+    monkeypatch.setattr(boot_trial_step.time, "time", lambda: 1000.5)
+    module = SimpleNamespace(params={"owner": {"key": "me"}, "lease_s": 60, "dead": dead})
+    answer = boot_trial_step.take(module)
+    assert (answer is None) is taken
+    if taken:
+        assert written == [{"key": "me", "since": "1970-01-01 00:16:40 UTC", "until": 1060}]
+    else:
+        assert answer == {**held, "left_s": 1000} and not written
+
+
+def test_the_second_play_is_told_who_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = action(monkeypatch, Host([], []))
+    monkeypatch.undo()
+    found._vars = {}
+    found._me = boot_trial.identify(os.getpid())
+    held = {**found._me, "key": "other", "controller": "elsewhere", "since": "yesterday", "left_s": 90}
+    monkeypatch.setattr(found, "_execute_module", lambda **named: {"held": held})
+    with pytest.raises(AnsibleActionFail, match=f"process {os.getpid()} on elsewhere, since yesterday") as error:
+        found._step("begin")
+    assert "the host is free in 1 min 30 s" in error.value.message
+    # The same machine knows whether it is still there.
+    asked: list[dict[str, Any]] = []
+    answers = [{"held": {**held, "controller": socket.gethostname(), "started": "1"}}, {"state": "none"}]
+
+    def execute(**named: Any) -> dict[str, Any]:
+        asked.append(named["module_args"])
+        return answers.pop(0)
+
+    monkeypatch.setattr(found, "_execute_module", execute)
+    assert found._step("begin") == {"state": "none"}
+    assert [entry.get("dead") for entry in asked] == [None, "other"]
