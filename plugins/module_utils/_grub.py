@@ -23,6 +23,8 @@ CONFIG = "/boot/grub/grub.cfg"
 RECORD = "/var/lib/cpullm/grub_hugepages.json"
 MKCONFIG = ("/usr/sbin/grub-mkconfig", "/usr/bin/grub-mkconfig")
 GIB = 1 << 30
+# Ends the name of a file that is being written.
+FRESH = ".cpullm-new"
 # Runs an argument list; returns its exit status, output and errors.
 Runner = Callable[[list[str]], tuple[int, str, str]]
 
@@ -441,14 +443,19 @@ def difference(change: Change) -> list[dict[str, str]]:
 def write_durably(path: str, text: str, mode: int) -> None:
     """Replace a file in one step that outlives a power cut."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    fresh = path + ".cpullm-new"
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        os.fchmod(descriptor, mode)
-        stream.write(text)
-        stream.flush()
-        os.fsync(descriptor)
-    os.replace(fresh, path)
+    fresh = path + FRESH
+    try:
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            os.fchmod(descriptor, mode)
+            stream.write(text)
+            stream.flush()
+            os.fsync(descriptor)
+        os.replace(fresh, path)
+    except OSError as error:
+        # A disk without room: the half of it goes, and the message gets the name that a write does not give it.
+        remove_durably(fresh)
+        raise OSError(error.errno, error.strerror, path) from error
     sync_directory(path)
 
 

@@ -38,6 +38,8 @@ TARGETS = ("sysinit.target", "emergency.target")
 LINKS = tuple(f"{UNITS}/{target}.wants/{UNIT_NAME}" for target in TARGETS)
 CUSTOM = "/boot/grub/custom.cfg"
 ENVIRONMENT = "/boot/grub/grubenv"
+# What a power cut may leave of a file that was being written.
+HALVES = (RECORD + _grub.FRESH, UNIT + _grub.FRESH, CUSTOM + _grub.FRESH)
 INITRAMFS = "/usr/share/initramfs-tools/init"
 # Seconds until a panicked kernel or Debian's initramfs shell reboots.
 PANIC_S = 10
@@ -81,6 +83,7 @@ class Found:
     custom: str | None = None
     environment: str | None = None
     log: str | None = None
+    halves: tuple[str, ...] = ()
     initramfs_tools: bool = True
 
     @property
@@ -106,6 +109,7 @@ class Found:
         found += list(self.links)
         found += [CUSTOM] if self.block is not None else []
         found += [ENVIRONMENT] if self.chosen else []
+        found += list(self.halves)
         return tuple(found)
 
 
@@ -324,6 +328,7 @@ def read(root: str = "/") -> Found:
         custom=_read_exactly(base + CUSTOM),
         environment=read_optional(root, ENVIRONMENT),
         log=read_optional(root, LOG),
+        halves=tuple(half for half in HALVES if os.path.lexists(base + half)),
         initramfs_tools=os.path.exists(base + INITRAMFS),
     )
 
@@ -387,6 +392,8 @@ def disarm(found: Found, run: _grub.Runner, root: str = "/") -> None:
         _grub.remove_durably(base + UNIT)
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "reset-failed", UNIT_NAME])
+    for half in found.halves:
+        _grub.remove_durably(base + half)
     _grub.remove_durably(base + LOG)
     _grub.remove_durably(base + RECORD)
 
@@ -394,7 +401,7 @@ def disarm(found: Found, run: _grub.Runner, root: str = "/") -> None:
 def _write_custom(base: str, text: str, run: _grub.Runner) -> None:
     """Replace custom.cfg in one step, its owner and mode kept, after GRUB's own check."""
     target = os.path.realpath(base + CUSTOM)
-    fresh = target + ".cpullm"
+    fresh = target + _grub.FRESH
     data = text.encode("utf-8", "surrogateescape")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -412,9 +419,11 @@ def _write_custom(base: str, text: str, run: _grub.Runner) -> None:
         if code != 0:
             raise ValueError(f"grub-script-check refuses {CUSTOM} with the trial entry, rc {code}: {errors.strip()}")
         os.replace(fresh, target)
-        _grub.sync_directory(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, CUSTOM) from error
     finally:
         _grub.remove_durably(fresh)
+    _grub.sync_directory(target)
 
 
 def _edit_environment(base: str, words: list[str], run: _grub.Runner) -> None:
