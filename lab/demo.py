@@ -27,8 +27,8 @@ REPORT = WORK / "report.html"
 NAME = "demo"
 MODEL = CLONE / "tests" / "models" / "recite"
 REPO = "cpullm/recite"
-# One server per socket, as the plan numbers their ports.
-PORTS = (8008, 8009)
+# The front's, before one server per socket.
+PORT = 8008
 
 
 class DemoError(Exception):
@@ -222,15 +222,14 @@ def up() -> None:
                 site(port, "--check", "--diff", "--extra-vars=grub_hugepages_reboot_allowed=true")
         with step("site.yml, with consent to reboot"):
             site(port, "--extra-vars=grub_hugepages_reboot_allowed=true")
-    ports = {port: int(lab("tunnel", NAME, str(port), capture=True)) for port in PORTS}
+    local = int(lab("tunnel", NAME, str(PORT), capture=True))
     with step("ask for a completion"):
-        answer = complete(ports[PORTS[0]], reference)
+        answer = complete(local, reference)
     print(f"\n{answer['choices'][0]['message']['content']}\n")
     for line in table(plan(), answer):
         print(f"  {line}")
     print()
-    addresses = " and ".join(f"http://127.0.0.1:{ports[port]}/v1" for port in PORTS)
-    print(f"  address    {addresses}, one for each socket")
+    print(f"  address    http://127.0.0.1:{local}/v1, before one server for each socket")
     print(f"  report     {REPORT}: open it in a browser")
     print("  look       make demo-ssh, then: cat /proc/cmdline; systemctl status 'llama-*'")
     print("  again      make demo: quick, and says what it reuses")

@@ -25,11 +25,13 @@ UNFORESEEN = {
         "cpullm.epyc.llamacpp_build : install | Install the libraries that the engine needs",
     },
     "Install the downloader": {"cpullm.epyc.model_fetch : Fetch | Install the downloader"},
+    "Install the front": {"cpullm.epyc.systemd_service : Front | Install HAProxy"},
 }
 # The other way round: named in check mode in the place of the tasks above.
 STANDS_FOR = {
     "cpullm.epyc.llamacpp_build : compile | Look for the build tools",
     "cpullm.epyc.model_fetch : Fetch | Name the package that check mode leaves out",
+    "cpullm.epyc.systemd_service : Front | Name the package that check mode leaves out",
 }
 
 

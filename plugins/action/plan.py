@@ -30,7 +30,7 @@ ARGUMENT_SPEC = {
     "system_reserve_gib": {"type": "float"},
     "cache_type_k": {"type": "str", "default": "q8_0"},
     "cache_type_v": {"type": "str"},
-    "port": {"type": "int", "default": 8008},
+    "port": {"type": "int", "default": 18008},
     "isa": {"type": "str"},
     "weights": {"type": "str", "default": "hugetlbfs"},
     "overlap": {"type": "bool"},

@@ -109,7 +109,7 @@ class Overrides:
     system_reserve_bytes: int | None = None
     cache_type_k: str = "q8_0"
     cache_type_v: str | None = None
-    port: int = 8008
+    port: int = 18008
     isa: str | None = None
     weights: str = "hugetlbfs"
     overlap: bool | None = None

@@ -48,7 +48,7 @@ options:
   port:
     description: Port of the first instance; the others take the next ones.
     type: int
-    default: 8008
+    default: 18008
   isa:
     description: Instruction set of the build. By default the widest that the CPU has.
     type: str

@@ -392,6 +392,16 @@ def test_beyond_loopback_it_serves_with_key_and_tls_and_tells_the_key_to_nobody(
     assert (without, wrong) == (401, 401)
     assert "it becomes necessary" in right
     assert on_host("ss --listening --tcp --numeric --no-header 'sport = :8008'").split()[3] == "0.0.0.0:8008"
+    # As another machine sees it: TLS alone, a key for everything but the health, and no server behind the front.
+    outer = on_host("ip -4 -br address show tap0").split()[2].split("/")[0]
+    ask = "curl --silent --insecure --output /dev/null --write-out '%{http_code}'"
+    assert on_host(f"{ask} https://{outer}:8008/health") == "200"
+    assert on_host(f"{ask} https://{outer}:8008/v1/models") == "401"
+    assert on_host(f"{ask} -H 'X-Api-Key: {KEY}' https://{outer}:8008/v1/models") == "200"
+    assert on_host(f"{ask} -H 'X-Api-Key: {KEY}' https://{outer}:8008/slots") == "404"
+    assert on_host(f"{ask} http://{outer}:8008/health", check=False) == "400"
+    assert on_host(f"{ask} http://{outer}:18008/health", check=False) == "000"
+    assert on_host("stat --format='%a %U' /etc/haproxy/llama/keys") == "600 root"
     assert KEY not in first.output
     assert KEY not in on_host("ps -eww -o args=")
     assert KEY not in on_host(f"tr '\\0' '\\n' < /proc/{process()}/environ")
@@ -418,7 +428,8 @@ def test_a_run_that_died_before_the_restart_is_healed_by_the_next(place: Place) 
     assert (starts(), process()) == (before, old)
     assert "--host 127.0.0.1" in on_host("cat /etc/systemd/system/llama-server@0.service.d/10-plan.conf")
     healed = place.site("--tags=serve")
-    assert healed.changed == 1, healed.output
+    # The front, which left the outer address, and the server.
+    assert healed.changed == 2, healed.output
     assert starts() == before + 1
     assert "--api-key-file" not in arguments()
     assert on_host("ss --listening --tcp --numeric --no-header 'sport = :8008'").split()[3] == "127.0.0.1:8008"

@@ -118,7 +118,7 @@ def test_the_published_machine() -> None:
             "cpus": "0-15,16-31",
             "threads": 16,
             "threads_batch": 32,
-            "port": 8008,
+            "port": 18008,
             "pages": 668,
         }
     ]
@@ -160,8 +160,8 @@ def test_two_sockets_hold_a_copy_each() -> None:
     assert plan["pages"]["total"] == 2 * 668
     assert plan["kernel_arguments"][2] == "hugepages=0:668,1:668"
     assert [(row["nodes"], row["port"], row["threads"], row["threads_batch"]) for row in plan["instances"]] == [
-        ([0], 8008, 64, 128),
-        ([1], 8009, 64, 128),
+        ([0], 18008, 64, 128),
+        ([1], 18009, 64, 128),
     ]
     assert plan["disk_bytes"] == manifest().bytes
     assert plan["start_timeout_s"] == math.ceil(2 * manifest().bytes / 5e8) + 300

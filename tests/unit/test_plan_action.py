@@ -213,7 +213,7 @@ def test_the_table_of_the_published_machine(tmp_path: Path) -> None:
     assert text.startswith("r1: DeepSeek-R1-Q8_0 (deepseek2, 16 shard(s)), plan ")
     assert "default_hugepagesz=1G hugepagesz=1G hugepages=668" in text
     assert "node 0: 668 pages of 1 GiB" in text
-    assert "instance 0: socket 0, CPUs 0-15,16-31, -t 16 -tb 32, port 8008" in text
+    assert "instance 0: socket 0, CPUs 0-15,16-31, -t 16 -tb 32, port 18008" in text
     assert "socket 0: 768.00 GiB = 668.00 weights + 11.39 kv" in text
 
 

@@ -28,7 +28,7 @@ def test_each_socket_s_server_fills_its_own_node(host, socket):
     assert f"N{1 - socket}=" not in maps
 
 
-@pytest.mark.parametrize("port", [8008, 8009])
+@pytest.mark.parametrize("port", [18008, 18009])
 def test_each_server_recites(host, port):
     # The whole text is 1,523 tokens: a minute each under emulation, and containers recite it at native speed.
     answer = recites(host, port, ("opening", "truths"))
