@@ -17,7 +17,25 @@ ARGUMENT_SPEC = {
     "isa": {"type": "str"},
     "cpu_flags": {"type": "list", "elements": "str"},
     "prefix": {"type": "path", "default": "/opt/llama.cpp"},
+    "choice": {"type": "str", "default": "wanted"},
 }
+
+
+def chosen(choice: str, info: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the installed build that is meant in place of the named one, or None; ValueError where it is absent."""
+    if choice == "wanted":
+        return None
+    whole = {build["id"]: build for build in info["builds"] if not build["problems"]}
+    if choice == "current":
+        return whole.get(info["current"])
+    identifier = info["previous"] if choice == "previous" else choice
+    if identifier not in whole:
+        raise ValueError(
+            f"llamacpp_build_choice is {choice}: found the complete builds {', '.join(whole) or 'none'}, of which "
+            f"{info['current'] or 'none'} is current and {info['previous'] or 'none'} was before; expected one of "
+            "them. Name it with -e rollback_build_id=..., or install another one with playbooks/upgrade.yml."
+        )
+    return whole[identifier]
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -48,7 +66,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except ValueError as error:
             raise AnsibleActionFail(f"{host}: {error}") from error
         identifier = inputs.id(isa, info["release"])
+        wanted = identifier
+        try:
+            instead = chosen(args["choice"], info)
+        except ValueError as error:
+            raise AnsibleActionFail(f"{host}: {error}") from error
+        if instead is not None:
+            identifier = instead["id"]
         found = next((build for build in info["builds"] if build["id"] == identifier), None)
+        if args["choice"] == "current" and identifier != wanted:
+            result["warnings"] = [
+                f"{host} stays with its build {identifier}; the variables llamacpp_build_* name {wanted}. "
+                "playbooks/upgrade.yml goes there."
+            ]
         result["ansible_facts"] = {
             "cpullm_build": {
                 "id": identifier,
@@ -65,13 +95,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 "options": [asdict(option) for option in inputs.options(isa)],
             }
         }
+        if instead is not None:
+            record = instead["record"]
+            source = {key: record["source"][key] for key in ("type", "location", "digest")}
+            result["ansible_facts"]["cpullm_build"].update({**record, "source": source})
         result.update(
             changed=False,
             id=identifier,
+            wanted=wanted,
             installed=found is not None and not found["problems"],
             problems=found["problems"] if found else [],
             missing_packages=found["missing_packages"] if found else [],
             current=info["current"],
+            previous=info["previous"],
         )
         result["request"] = {
             "host": host,

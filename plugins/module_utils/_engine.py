@@ -22,6 +22,8 @@ from typing import Any
 
 RECORD = "BUILD.json"
 LINK = "current"
+# What it named before: where a rollback goes.
+PREVIOUS = "previous"
 BUILD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*-(avx2|avx512)-[a-z0-9][a-z0-9._]*-[0-9a-f]{12}")
 _TEMPORARY = ".cpullm-"
 
@@ -235,6 +237,14 @@ def current_build(prefix: str) -> str | None:
         return None
 
 
+def previous_build(prefix: str) -> str | None:
+    """Return the build that was current before, or None."""
+    try:
+        return os.readlink(os.path.join(prefix, PREVIOUS))
+    except OSError:
+        return None
+
+
 def list_builds(prefix: str) -> list[dict[str, Any]]:
     """Return ``{"id", "used"}`` of every build below ``prefix``, the least recently installed or activated first."""
     try:
@@ -338,15 +348,23 @@ def sweep(prefix: str) -> None:
 
 
 def activate(prefix: str, identifier: str) -> None:
-    """Let the current link name a build, atomically, and note the build as the latest used."""
+    """Let the current link name a build, atomically, and note the build as the latest used, and the one before."""
     path = os.path.join(prefix, identifier)
     os.utime(path)
-    temporary = os.path.join(prefix, f"{_TEMPORARY}{LINK}-{os.getpid()}")
+    before = current_build(prefix)
+    if before not in (None, identifier):
+        _link(prefix, PREVIOUS, str(before))
+    _link(prefix, LINK, identifier)
+    fsync_directory(prefix)
+
+
+def _link(prefix: str, name: str, target: str) -> None:
+    """Let a link name a directory beside it, in one step."""
+    temporary = os.path.join(prefix, f"{_TEMPORARY}{name}-{os.getpid()}")
     if os.path.lexists(temporary):
         os.unlink(temporary)
-    os.symlink(identifier, temporary)
-    os.replace(temporary, os.path.join(prefix, LINK))
-    fsync_directory(prefix)
+    os.symlink(target, temporary)
+    os.replace(temporary, os.path.join(prefix, name))
 
 
 def remove_builds(prefix: str, identifiers: Collection[str]) -> None:

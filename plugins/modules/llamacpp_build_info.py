@@ -64,11 +64,18 @@ builds:
       description: Packages that it needs and the host lacks.
       type: list
       elements: str
+    record:
+      description: What it was made of, from its record. Empty where it is not complete.
+      type: dict
     version:
       description: What C(llama-server --version) printed. Null unless O(deep).
       type: str
 current:
   description: What the C(current) link names, or null.
+  type: str
+  returned: always
+previous:
+  description: What it named before, or null.
   type: str
   returned: always
 release:
@@ -99,6 +106,7 @@ from ansible_collections.cpullm.epyc.plugins.module_utils._engine import (
     list_builds,
     missing_build_packages,
     missing_runtime_packages,
+    previous_build,
     read_record,
 )
 
@@ -109,9 +117,14 @@ def describe(module: AnsibleModule, build: dict[str, Any]) -> dict[str, Any]:
     deep = module.params["deep"]
     build["problems"] = find_damage(root, build["id"], deep)
     build["missing_packages"] = []
+    build["record"] = {}
     build["version"] = None
     if not build["problems"]:
-        build["missing_packages"] = missing_runtime_packages(read_record(root).get("runtime_packages", []))
+        record = read_record(root)
+        build["record"] = {
+            key: record.get(key) for key in ("isa", "release", "version", "source", "patches", "options")
+        }
+        build["missing_packages"] = missing_runtime_packages(record.get("runtime_packages", []))
         if deep:
             code, out, err = module.run_command([f"{root}/bin/llama-server", "--version"])
             build["version"] = (out + err).strip()
@@ -139,6 +152,7 @@ def main() -> None:
             changed=False,
             builds=[describe(module, build) for build in list_builds(prefix)],
             current=current_build(prefix),
+            previous=previous_build(prefix),
             release=parse_os_release(Path("/etc/os-release").read_text(encoding="utf-8")),
             cpu_flags=parse_cpu_flags(Path("/proc/cpuinfo").read_text(encoding="utf-8")),
             missing_build_packages=missing_build_packages(module.params["ccache"]),

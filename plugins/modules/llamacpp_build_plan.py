@@ -40,6 +40,13 @@ options:
     description: Directory on the host that holds the builds.
     type: path
     default: /opt/llama.cpp
+  choice:
+    description:
+      - Which build is meant. V(wanted) is the one that the other options name.
+      - V(current) is the one that the C(current) link names, and the wanted one on a host without. V(previous) is
+        the one that it named before. Anything else is the id of an installed build.
+    type: str
+    default: wanted
 attributes:
   check_mode:
     description: Changes nothing in any mode.
@@ -119,8 +126,16 @@ missing_packages:
   type: list
   elements: str
   returned: success
+wanted:
+  description: The build id that the options name, whatever O(choice) says.
+  type: str
+  returned: success
 current:
   description: What the C(current) link names, or null.
+  type: str
+  returned: success
+previous:
+  description: What the link named before, or null.
   type: str
   returned: success
 request:

@@ -77,6 +77,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.cpullm.epyc.plugins.module_utils._engine import (
     LINK,
+    PREVIOUS,
     current_build,
     find_damage,
     install,
@@ -125,12 +126,17 @@ def ensure_absent(module: AnsibleModule) -> None:
     ours = link.is_symlink() and current_build(prefix) in builds
     before = state_of(prefix)
     names = {path.name for path in Path(prefix).glob("*")}
-    left = sorted(names - set(builds) - ({LINK} if ours else set()))
+    before_link = Path(prefix, PREVIOUS)
+    left = sorted(
+        names - set(builds) - ({LINK} if ours else set()) - ({PREVIOUS} if before_link.is_symlink() else set())
+    )
     changed = bool(builds) or ours
     if changed and not module.check_mode:
         with locked(prefix):
             if ours:
                 link.unlink()
+            if before_link.is_symlink():
+                before_link.unlink()
             remove_builds(prefix, builds)
             sweep(prefix)
             if not any(Path(prefix).iterdir()):

@@ -19,7 +19,8 @@ options:
     description:
       - The instances to look at, as the plan lists them.
       - Of each, C(instance) (its number), C(port), C(pages) (what its weights must fill) and C(nodes) (where these
-        may lie, empty for any) are read.
+        may lie, empty for any) are read, and C(store), the number of the store that it maps where that is another
+        instance's.
     type: list
     elements: dict
     required: true
@@ -191,7 +192,7 @@ def store_problems(module: AnsibleModule, number: int) -> list[str]:
         return [err.strip() or out.strip() or "its loader says nothing"]
 
 
-def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> dict[str, Any]:
+def observe(module: AnsibleModule, number: int, store: int, url: str, key: str | None) -> dict[str, Any]:
     """Return one instance as found: unit, process, pages, health, completion."""
     unit = f"llama-server@{number}.service"
     code, out, err = module.run_command(["systemctl", "show", "--property=ActiveState,MainPID", unit])
@@ -208,7 +209,7 @@ def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> di
         "private_kib": None,
         "no_repack": False,
         "store_pages": 0,
-        "store_problems": store_problems(module, number) if module.params["store"] else [],
+        "store_problems": store_problems(module, store) if module.params["store"] else [],
         "health": 0,
         "text": "",
         "tokens_per_s": None,
@@ -224,7 +225,7 @@ def observe(module: AnsibleModule, number: int, url: str, key: str | None) -> di
         found["private_kib"] = status_kib(status, "RssAnon")
         found["nodes"] = pages_by_node(maps, options["size_kib"])
         if options["store"]:
-            found["store_pages"] = store_pages(maps, f"{options['store']}/{number}", options["size_kib"])
+            found["store_pages"] = store_pages(maps, f"{options['store']}/{store}", options["size_kib"])
         if found["pid"]:
             words = Path(f"/proc/{found['pid']}/cmdline").read_bytes().split(b"\0")
             found["no_repack"] = b"--no-repack" in words
@@ -281,7 +282,9 @@ def main() -> None:
         missing = [name for name in ("instance", "port", "pages", "nodes") if name not in entry]
         if missing:
             module.fail_json(msg=f"instances[{number}]: {', '.join(missing)} missing; found {sorted(entry)}")
-        found = observe(module, int(entry["instance"]), f"{options['address']}:{entry['port']}", key)
+        url = f"{options['address']}:{entry['port']}"
+        store = int(entry.get("store", entry["instance"]))
+        found = observe(module, int(entry["instance"]), store, url, key)
         expectation = {
             "pages": int(entry["pages"]),
             "nodes": [int(node) for node in entry["nodes"]],

@@ -1,0 +1,290 @@
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One real host: upgraded, rolled back, killed and given a bad build while clients ask it without a pause.
+
+Needs root, a page of 1 GiB and an engine in the cache; a second engine is built once, of the same source.
+Run: pytest -m lab tests/acceptance/test_upgrade.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CLONE = Path(__file__).resolve().parents[2]
+HOST = "test-upgrade"
+# Another build of the same source: an option that no code reads changes the id, and the compiler cache does the rest.
+OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_UPGRADE_TEST": "ON"}}'
+SERVER = "llama-server@0.service"
+
+pytestmark = pytest.mark.lab
+
+# Three at once on one slot, so that two always wait in the front.
+CLIENT = """
+import json, threading, time, urllib.error, urllib.request
+from pathlib import Path
+running, result = Path("/run/clients"), {"asked": 0, "failed": [], "wrong": [], "slowest": 0.0}
+lock = threading.Lock()
+body = json.dumps({"messages": [{"role": "user", "content": "When in the Course of human events,"}],
+                   "max_tokens": 16, "temperature": 0}).encode()
+def ask():
+    while running.exists():
+        request = urllib.request.Request("http://127.0.0.1:8008/v1/chat/completions", body,
+                                         {"Content-Type": "application/json"})
+        begin, failed, text = time.time(), None, ""
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                text = json.load(answer)["choices"][0]["message"]["content"]
+        except (OSError, ValueError) as error:
+            failed = str(error)
+        with lock:
+            result["asked"] += 1
+            result["slowest"] = max(result["slowest"], time.time() - begin)
+            if failed:
+                result["failed"].append([begin, time.time(), failed])
+            elif "it becomes necessary" not in text:
+                result["wrong"].append(text)
+        time.sleep(0.05)
+threads = [threading.Thread(target=ask) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+Path("/run/clients.json").write_text(json.dumps(result))
+"""
+
+
+def run(argv: list[str], **named: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in the clone, with its output."""
+    return subprocess.run(argv, cwd=CLONE, capture_output=True, text=True, check=False, **named)
+
+
+def on_host(script: str, check: bool = True, data: str | None = None) -> str:
+    """Return what a script prints on the host."""
+    stdin = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
+    done = run([sys.executable, "-m", "lab", "ssh", HOST, "--", script], **stdin)
+    assert done.returncode == 0 or not check, f"{script}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+@dataclass
+class Place:
+    """What the tests share: the host's inventory, and how Ansible runs."""
+
+    path: Path
+    inventory: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def argv(self, playbook: str, *words: str) -> list[str]:
+        """Return the command of a playbook on the host."""
+        return ["ansible-playbook", playbook, "--inventory=inventories/lab", f"--inventory={self.inventory}", *words]
+
+    def play(self, playbook: str, *words: str, status: int = 0) -> str:
+        """Return the output of a playbook that ends as expected."""
+        done = run(self.argv(playbook, *words), env=self.environment, timeout=1500)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+def changed(output: str) -> int:
+    """Return the changes on the host, of a run's recap."""
+    found = re.search(rf"^{HOST} +: .*?changed=(\d+)", output, re.MULTILINE)
+    assert found, output
+    return int(found[1])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Start the host with the trained model, and bring it into service; removed again at the end."""
+    path = tmp_path_factory.mktemp("upgrade")
+    lab = [sys.executable, "-m", "lab"]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "COLUMNS": "1000",
+        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(path / "cp"),
+    }
+    hub = [sys.executable, "molecule/resources/hub.py"]
+    try:
+        started = run([*hub, "start", str(path), "--merged"], env=environment)
+        assert started.returncode == 0, started.stdout + started.stderr
+        up = run([*lab, "up", HOST, "--kind", "container", "--pages", "1"])
+        assert up.returncode == 0, up.stderr
+        listing = yaml.safe_load(run([*lab, "inventory", HOST]).stdout)
+        listing["all"]["vars"] = {
+            "host_plan_lock": str(path / "recite.lock.json"),
+            "model_fetch_endpoint": (path / "hub.url").read_text(),
+            "systemd_service_verify_prompt": "When in the Course of human events,",
+            "systemd_service_verify_expect": "it becomes necessary",
+            "report_file": None,
+        }
+        inventory = path / "hosts.yml"
+        inventory.write_text(yaml.safe_dump(listing))
+        place = Place(path, inventory, environment)
+        place.play("site.yml")
+        yield place
+    finally:
+        run([*hub, "stop", str(path)])
+        if not os.environ.get("KEEP"):
+            run([*lab, "down", HOST])
+
+
+class Clients:
+    """Clients on the host that ask without a pause while the block runs; then what they saw."""
+
+    def __enter__(self) -> Clients:
+        on_host("cat > /run/clients.py; rm -f /run/clients.json; touch /run/clients", data=CLIENT)
+        on_host("systemd-run --quiet --collect --unit=clients /usr/bin/python3 /run/clients.py")
+        time.sleep(1)
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        on_host("rm -f /run/clients; timeout 330 sh -c 'until [ -e /run/clients.json ]; do sleep 0.2; done'")
+        self.saw: dict[str, Any] = json.loads(on_host("cat /run/clients.json"))
+
+    def check(self, failures: int = 0) -> None:
+        """See that they asked, that every answer was right, and that no more requests failed than allowed."""
+        assert self.saw["asked"] > 3, self.saw
+        assert self.saw["wrong"] == [], self.saw
+        assert len(self.saw["failed"]) <= failures, self.saw
+
+
+def current() -> str:
+    """Return the build that the link names."""
+    return on_host("readlink /opt/llama.cpp/current")
+
+
+def serving() -> str:
+    """Return the build that the server runs from."""
+    pid = on_host(f"systemctl show --property=MainPID --value {SERVER}")
+    return on_host(f"readlink /proc/{pid}/exe").split("/")[3]
+
+
+def beside() -> str:
+    """Return what is left of a build beside: processes and files."""
+    return on_host(
+        "pgrep --full '[p]ort 18108' || true; ls -d /etc/systemd/system/llama-server@100* 2>/dev/null || true"
+    )
+
+
+def test_an_upgrade_fails_no_request_and_the_site_leaves_it_alone(place: Place) -> None:
+    before = current()
+    with Clients() as clients:
+        place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+    clients.check()
+    assert serving() == current() != before
+    assert beside() == ""
+    # The inventory still names the build before.
+    site = place.play("site.yml")
+    assert changed(site) == 0, site
+    assert f"{HOST} stays with its build {current()}; the variables llamacpp_build_* name {before}" in " ".join(
+        site.split()
+    )
+    assert serving() == current() != before
+    again = place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+    assert changed(again) == 0, again
+
+
+def test_a_killed_server_fails_what_it_had_and_nothing_else(place: Place) -> None:
+    with Clients() as clients:
+        for _ in range(2):
+            on_host(f"systemctl kill --signal=KILL {SERVER}")
+            on_host("timeout 60 sh -c 'until curl --silent --fail 127.0.0.1:8008/health; do sleep 0.1; done'")
+            time.sleep(2)
+    # One slot: at most one request is in flight at each kill.
+    clients.check(failures=2)
+
+
+def test_a_rollback_fails_no_request(place: Place) -> None:
+    before = current()
+    with Clients() as clients:
+        place.play("playbooks/rollback.yml")
+    clients.check()
+    assert serving() == current() != before
+    unknown = place.play("playbooks/rollback.yml", "--extra-vars=rollback_build_id=no-such-build", status=2)
+    assert f"found the complete builds {before}, {current()}" in " ".join(unknown.split()) or before in unknown
+
+
+def test_a_build_that_answers_wrong_is_left_again(place: Place) -> None:
+    before, wrong = current(), "systemd_service_verify_expect=what it never says"
+    with Clients() as clients:
+        said = " ".join(
+            place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars='{wrong}'", status=2).split()
+        )
+    clients.check()
+    assert "expected it to contain 'what it never says'" in said
+    assert "stays as it is, and served all the time" in said
+    assert serving() == current() == before
+    assert beside() == ""
+
+
+def test_a_build_that_does_not_start_is_left_again_where_the_old_one_had_to_stop(place: Place) -> None:
+    """As where the plan has no room for two: the instance itself gets the broken build, and comes back."""
+    before = current()
+    broken = f"{before[:-12]}{'0' * 12}"
+    on_host(
+        f"cd /opt/llama.cpp && cp -a {before} {broken} && cd {broken} &&"
+        " printf '#!/bin/sh\\nexit 3\\n' > bin/llama-server &&"
+        f""" python3 -c "
+import hashlib, json
+record = json.load(open('BUILD.json'))
+record['id'] = '{broken}'
+for entry in record['files']:
+    if entry['path'] == 'bin/llama-server':
+        data = open(entry['path'], 'rb').read()
+        entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+json.dump(record, open('BUILD.json', 'w'))" """
+    )
+    words = [f"--extra-vars=rollback_build_id={broken}", '--extra-vars={"systemd_service_upgrade_beside": false}']
+    with Clients() as clients:
+        said = " ".join(place.play("playbooks/rollback.yml", *words, status=2).split())
+    clients.check()
+    assert "serves as before again" in said
+    assert serving() == current() == before
+    on_host(f"rm -r /opt/llama.cpp/{broken}")
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["Start llama-server@100", "Let requests in flight end", "Start llama-server@0", "Let the build beside finish"],
+)
+def test_a_killed_upgrade_serves_and_the_next_one_ends_right(place: Place, moment: str) -> None:
+    argv = place.argv("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+    with Clients() as clients:
+        with subprocess.Popen(
+            argv,
+            cwd=CLONE,
+            env=place.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as play:
+            lines = []
+            for line in play.stdout or ():
+                lines.append(line)
+                if line.startswith("TASK") and f"Upgrade | {moment}]" in line:
+                    time.sleep(1.5)
+                    os.killpg(play.pid, signal.SIGKILL)
+                    break
+            else:
+                raise AssertionError("".join(lines))
+        place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+    clients.check()
+    assert serving() == current()
+    assert beside() == ""
+    with Clients() as clients:
+        place.play("playbooks/rollback.yml")
+    clients.check()
