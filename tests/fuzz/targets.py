@@ -460,10 +460,16 @@ def serving(data: bytes) -> None:
         "error": None,
         "hugetlb_kib": 3 << 20,
         "nodes": rows,
+        "pid": 7,
+        "private_kib": _serving.status_kib(text, "RssAnon"),
+        "no_repack": True,
+        "store_pages": _serving.store_pages(text, "/var/lib/llama-weights/0", 1048576),
+        "store_problems": [],
         "text": _serving.chat_text(body),
         "without_key": 401,
     }
     wanted = {"pages": 3, "size_kib": 1 << 20, "nodes": [0], "hugepages": True, "expect": "ok", "key_needed": True}
+    wanted |= {"stored": True, "private_kib": 1 << 20}
     assert isinstance(_serving.deviations(found, wanted), list)
     rate = _serving.decode_rate(body)
     assert rate is None or json.loads(json.dumps(rate, allow_nan=False)) == rate

@@ -83,6 +83,11 @@ def served(record: Facts, rate: float, **differences: Any) -> Facts:
             "active_state": "active",
             "hugetlb_kib": entry["pages"] * plan["pages"]["size_kib"],
             "nodes": [{"node": node, "pages": entry["pages"]} for node in entry["nodes"]],
+            "pid": 1000 + entry["instance"],
+            "private_kib": 3 << 20,
+            "no_repack": True,
+            "store_pages": entry["pages"],
+            "store_problems": [],
             "health": 200,
             "text": "Paris.",
             "tokens_per_s": rate,
@@ -92,6 +97,7 @@ def served(record: Facts, rate: float, **differences: Any) -> Facts:
         if not entry["instance"]:
             found.update(differences)
         wanted = {**entry, "size_kib": 1048576, "hugepages": True, "expect": "Paris", "key_needed": False}
+        wanted |= {"stored": True, "private_kib": None}
         instances.append({**found, "deviations": _serving.deviations(found, wanted)})
     good = all(not entry["deviations"] for entry in instances)
     return {**record, "__systemd_service_serving": {"as_planned": good, "instances": instances}}
