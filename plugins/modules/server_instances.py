@@ -210,7 +210,7 @@ def plan(
     loads = [number for number in stored if stores[number] not in ("complete", "loading")]
     actions += [{"unit": weights(number), "action": "load"} for number in loads]
     for number in wanted:
-        found = "stopped" if number in freed else before.get(number, "stopped")
+        found = "stopped" if number in freed + loads else before.get(number, "stopped")
         step = {"stopped": "start", "changed": "restart"}.get(found)
         if step:
             actions.append({"unit": server(number), "action": step})
@@ -219,12 +219,17 @@ def plan(
     return actions
 
 
+def stop(module: AnsibleModule, unit: str) -> None:
+    """Stop a unit, which may be absent."""
+    code, out, err = module.run_command(["systemctl", "stop", unit])
+    if code not in (0, 5):  # 5: there is no such unit
+        module.fail_json(msg=f"systemctl stop {unit} failed with {code}: {err.strip() or out.strip()}")
+
+
 def free(module: AnsibleModule, number: int) -> None:
     """Stop what uses a store, and unmount it: its pages go back to the pool."""
-    for unit in (server(number), weights(number)):
-        code, out, err = module.run_command(["systemctl", "stop", unit])
-        if code not in (0, 5):  # 5: there is no such unit
-            module.fail_json(msg=f"systemctl stop {unit} failed with {code}: {err.strip() or out.strip()}")
+    stop(module, server(number))
+    stop(module, weights(number))
     path = Path(module.params["store"]) / str(number)
     code, out, err = module.run_command(["umount", str(path)])
     if code != 0 and path.is_mount():
@@ -252,6 +257,9 @@ def apply(module: AnsibleModule, actions: list[dict[str, str]]) -> None:
         elif action == "free":
             free(module, number)
         else:
+            if action == "load":
+                # The server may hold the very pages that the store is to take.
+                stop(module, server(number))
             # An earlier failure must not count against this start.
             module.run_command(["systemctl", "reset-failed", unit])
             if action != "load":

@@ -163,7 +163,7 @@ def test_an_answer_that_is_no_object_is_empty(raw, body):
         pytest.param([0], {}, {0: "absent"}, ["load weights@0", "start server@0"], id="bare-store"),
         pytest.param([0], {0: "running"}, {0: "complete"}, [], id="nothing-to-do-with-a-store"),
         pytest.param([0], {0: "changed"}, {0: "complete"}, ["restart server@0"], id="no-load-for-a-flag"),
-        pytest.param([0], {0: "running"}, {0: "incomplete"}, ["load weights@0"], id="damaged-store"),
+        pytest.param([0], {0: "running"}, {0: "incomplete"}, ["load weights@0", "start server@0"], id="damaged-store"),
         pytest.param([0], {0: "stopped"}, {0: "loading"}, ["start server@0"], id="a-load-goes-on"),
         pytest.param(
             [0], {0: "changed"}, {0: "other"}, ["free weights@0", "load weights@0", "start server@0"], id="size"
