@@ -56,6 +56,10 @@ bench: setup ## Measure, and keep the results in bench/results/
 results: ## Show the kept results
 	@python3 tools/results.py
 
+.PHONY: soak-weights
+soak-weights: setup ## Kill loaders and servers again and again: SOAK= for its options; goes on where it was stopped
+	@python tools/soak_weights.py $(SOAK)
+
 .PHONY: fuzz
 fuzz: setup ## Look for inputs that break a parser: FUZZ_SECONDS=600 FUZZ_TARGET= FUZZ_JOBS=1 FUZZ_KEEP=
 	@PYTHONPATH=.collections tools/fuzz.sh --seconds $(or $(FUZZ_SECONDS),600) --jobs $(or $(FUZZ_JOBS),1) \
