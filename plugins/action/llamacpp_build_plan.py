@@ -25,7 +25,7 @@ def chosen(choice: str, info: dict[str, Any]) -> dict[str, Any] | None:
     """Return the installed build that is meant in place of the named one, or None; ValueError where it is absent."""
     if choice == "wanted":
         return None
-    whole = {build["id"]: build for build in info["builds"] if not build["problems"]}
+    whole: dict[str, dict[str, Any]] = {build["id"]: build for build in info["builds"] if not build["problems"]}
     if choice == "current":
         return whole.get(info["current"])
     identifier = info["previous"] if choice == "previous" else choice

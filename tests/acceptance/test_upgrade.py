@@ -25,8 +25,9 @@ import yaml
 
 CLONE = Path(__file__).resolve().parents[2]
 HOST = "test-upgrade"
-# Another build of the same source: an option that no code reads changes the id, and the compiler cache does the rest.
-OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_UPGRADE_TEST": "ON"}}'
+# Another build of the same source: an option that no code reads changes the id. It is the fleet scenario's, so that the
+# two share what is in the caches.
+OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_FLEET_TEST": "ON"}}'
 SERVER = "llama-server@0.service"
 
 pytestmark = pytest.mark.lab
@@ -218,10 +219,10 @@ def test_a_rollback_fails_no_request(place: Place) -> None:
 
 
 def test_a_build_that_answers_wrong_is_left_again(place: Place) -> None:
-    before, wrong = current(), "systemd_service_verify_expect=what it never says"
+    before, wrong = current(), '{"systemd_service_verify_expect": "what it never says"}'
     with Clients() as clients:
         said = " ".join(
-            place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars='{wrong}'", status=2).split()
+            place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars={wrong}", status=2).split()
         )
     clients.check()
     assert "expected it to contain 'what it never says'" in said
