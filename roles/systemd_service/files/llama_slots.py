@@ -1,6 +1,6 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Keep what the slots of llama-server have read across a restart: ``save`` before it ends, ``restore`` when it is ready.
+"""Keep what slots of llama-server have read across a restart: ``save`` before it ends, ``restore`` when it is ready.
 
 A file is named for what it fits, so that another model or another type of cache never meets it. It gets that name only
 when it is whole, and loses it before it is read: a file on which the server dies is not tried again.
