@@ -25,18 +25,18 @@ BEST = kernels.machine_isa()
 
 @pytest.fixture(scope="session")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the kernels' source, stock and patched."""
+    """A folder with the kernels' source, stock and patched; each beside its builds, so that they share objects."""
     folder = tmp_path_factory.mktemp("kernels")
-    unpack(folder / "stock")
-    apply_patches(unpack(folder / "patched"))
+    unpack(folder / "stock" / "source")
+    apply_patches(unpack(folder / "patched" / "source"))
     return folder
 
 
 def built(trees: Path, tree: str, isa: str, sanitizer: str = "") -> kernels.Checks:
     """Return the checks of a tree, built once in a session."""
-    folder = trees / f"build-{tree}-{isa}-{sanitizer}"
+    folder = trees / tree / f"build-{isa}{sanitizer}"
     if not (folder / "matmul_check").exists():
-        return kernels.build(trees / tree, folder, isa, sanitizer)
+        return kernels.build(trees / tree / "source", folder, isa, sanitizer)
     return kernels.Checks(folder)
 
 
@@ -63,12 +63,12 @@ def test_tiled_kernel_takes_few_rows_when_forced(trees: Path) -> None:
 
 def test_the_check_finds_a_wrong_kernel(trees: Path, tmp_path: Path) -> None:
     """One byte in a thousand blocks off by one is found."""
-    source = trees / "patched" / "ggml/src/ggml-cpu/tiled/tiled-q8_0.cpp"
+    source = trees / "patched" / "source" / "ggml/src/ggml-cpu/tiled/tiled-q8_0.cpp"
     right = source.read_text(encoding="utf-8")
     wrong = right.replace("y[b].corr = -128 *", "y[b].corr = (x[b].qs[0] == 77) - 128 *")
     assert wrong != right
-    tree = apply_patches(unpack(tmp_path / "wrong"))
-    (tree / source.relative_to(trees / "patched")).write_text(wrong, encoding="utf-8")
+    tree = apply_patches(unpack(tmp_path / "source"))
+    (tree / source.relative_to(trees / "patched" / "source")).write_text(wrong, encoding="utf-8")
     checks = kernels.build(tree, tmp_path / "build", BEST, targets=["matmul_check"])
     if BEST == "avx512":
         with pytest.raises(AssertionError, match="FAIL mul_mat"):
@@ -107,8 +107,8 @@ def test_attention_computes_the_same_bits_as_stock(trees: Path) -> None:
 def test_backend_ops_of_llama_cpp(trees: Path, operation: str) -> None:
     """llama.cpp's own comparison of the CPU backend with its reference."""
     folder = built(trees, "patched", BEST).folder
-    checks = kernels.build(trees / "patched", folder, BEST, targets=["test-backend-ops"])
-    output = checks.run("test-backend-ops", "test", "-o", operation, "-p", "type_a=q8_0")
+    checks = kernels.build(trees / "patched" / "source", folder, BEST, targets=["test-backend-ops"])
+    output = checks.run("test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "type_a=q8_0")
     found = re.search(r"(\d+)/(\d+) tests passed", output)
     assert found, output[-2000:]
     assert found[1] == found[2]
@@ -118,7 +118,7 @@ def test_backend_ops_of_llama_cpp(trees: Path, operation: str) -> None:
 def test_tiled_matmul_test_of_llama_cpp(trees: Path) -> None:
     """llama.cpp's own test of the tiled path still passes for the types that it had."""
     folder = built(trees, "patched", BEST).folder
-    checks = kernels.build(trees / "patched", folder, BEST, targets=["test-tiled-mulmat"])
+    checks = kernels.build(trees / "patched" / "source", folder, BEST, targets=["test-tiled-mulmat"])
     output = checks.run("test-tiled-mulmat")
     assert "PASS" in output
     assert "FAIL" not in output
