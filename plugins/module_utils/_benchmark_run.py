@@ -620,6 +620,10 @@ def measure_beside(plan: Plan, request: Mapping[str, Any], progress: Progress) -
             measurement["runs"].append({"figure": "load", "round": 0, "value": server.load_s, "reasons": []})
             warm(server, request)
             pairs.append((server, measurement))
+        # Both run on the same CPUs and memory, so one rate is for both.
+        read = bandwidth(pairs[0][0], plan.unit.binary, request, 0)
+        for _server, measurement in pairs:
+            measurement["runs"].append({**read, "reasons": list(read["reasons"])})
         for step in plan.steps:
             rounds(pairs, step, range(request["repeats"]), request, progress)
         for (server, measurement), variant in zip(pairs, request["variants"]):
