@@ -190,13 +190,16 @@ def read_record(root: str) -> dict[str, Any]:
             record = json.load(stream)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("schema") != 1 or not isinstance(record.get("files"), list):
         raise ValueError(f"{path}: no record of a build")
+    kinds = {"path": str, "bytes": int, "sha256": str, "executable": bool}
     for entry in record["files"]:
-        parts = str(entry.get("path")).split("/") if isinstance(entry, dict) else [".."]
-        if ".." in parts or parts[0] == "":
+        if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
+            raise ValueError(f"{path}: a file without one of {', '.join(kinds)}")
+        parts = entry["path"].split("/")
+        if ".." in parts or parts[0] == "" or not entry["path"].isprintable():
             raise ValueError(f"{path}: a file that lies outside of the build")
     return record
 

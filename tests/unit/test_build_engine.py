@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 CLONE = Path(__file__).resolve().parents[2]
 ID = "1.0-avx2-debian12-0123456789ab"
+FILE = {"path": "note", "bytes": 1, "sha256": "0" * 64, "executable": False}
 TREE = {
     "p-1/vendor/llama.cpp/ggml/CMakeLists.txt": b"ggml\n",
     "p-1/vendor/llama.cpp/src/a.cpp": b"one\ntwo\nthree\n",
@@ -200,12 +201,29 @@ def test_remains_of_a_killed_installation_go_and_a_damaged_build_is_replaced(
         pytest.param(lambda root: (root / "BUILD.json").write_text("[]"), False, "no record", id="list"),
         pytest.param(
             lambda root: (root / "BUILD.json").write_text(
-                json.dumps({"schema": 1, "id": ID, "files": [{"path": "../x"}]})
+                json.dumps({"schema": 1, "id": ID, "files": [{**FILE, "path": "../x"}]})
             ),
             False,
             "outside of the build",
             id="record-leaves",
         ),
+        *(
+            pytest.param(
+                lambda root, entry=entry: (root / "BUILD.json").write_text(
+                    json.dumps({"schema": 1, "id": ID, "files": [entry]})
+                ),
+                False,
+                "a file without one of path, bytes, sha256, executable",
+                id=name,
+            )
+            for name, entry in (
+                ("no-file", "note"),
+                ("no-path", {name: value for name, value in FILE.items() if name != "path"}),
+                ("bytes-as-text", {**FILE, "bytes": "1"}),
+                ("no-mode", {**FILE, "executable": None}),
+            )
+        ),
+        pytest.param(lambda root: (root / "BUILD.json").write_text("[" * 100_000), False, "no JSON", id="deep"),
     ],
 )
 def test_damage_is_named(program: ModuleType, tmp_path: Path, change: Any, deep: bool, message: str) -> None:
