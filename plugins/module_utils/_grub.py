@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,8 +27,11 @@ CONFIG = "/boot/grub/grub.cfg"
 RECORD = "/var/lib/cpullm/grub_hugepages.json"
 MKCONFIG = ("/usr/sbin/grub-mkconfig", "/usr/bin/grub-mkconfig")
 GIB = 1 << 30
-# Ends the name of a file that is being written.
+# Ends the name of a file that is being written, and of one that was replaced while GRUB may still look for it.
 FRESH = ".cpullm-new"
+OLD = ".cpullm-old"
+# _IOW('f', 43, __u32), fs/ext4/ext4.h.
+EXT4_IOC_CHECKPOINT = 0x4004662B
 # Runs an argument list; returns its exit status, output and errors.
 Runner = Callable[[list[str]], tuple[int, str, str]]
 
@@ -477,6 +484,45 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def replace_for_grub(fresh: str | None, target: str) -> None:
+    """Put a file in the place of another that GRUB reads, or (None) remove that one; raises OSError.
+
+    GRUB reads the file system without its journal. After a power cut it may still follow the old name to the old file,
+    whose blocks are free by then and may hold something else. So the old file stays under a second name until the new
+    state is where GRUB looks.
+    """
+    kept = target + OLD
+    remove_durably(kept)
+    with contextlib.suppress(OSError):
+        # FAT has no second names, and no journal.
+        os.link(target, kept)
+    if fresh is None:
+        remove_durably(target)
+    else:
+        os.replace(fresh, target)
+        sync_directory(target)
+    write_journal_out(os.path.dirname(target))
+    remove_durably(kept)
+
+
+def write_journal_out(directory: str) -> None:
+    """Write a file system's journal to its places, where it has one; raises OSError.
+
+    fsync and sync end in the journal. EXT4_IOC_CHECKPOINT of Linux 5.14 goes on from there.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+        fcntl.ioctl(descriptor, EXT4_IOC_CHECKPOINT, struct.pack("I", 0))
+    except OSError as error:
+        # Another file system, an older kernel, an ext4 without a journal.
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL):
+            raise
+        os.sync()
+    finally:
+        os.close(descriptor)
+
+
 def apply(host: Host, change: Change, run: Runner, root: str = "/") -> None:
     """Make the change; raises ValueError with what went wrong, after GRUB's files are as they were before.
 
@@ -553,8 +599,7 @@ def _regenerate(host: Host, change: Change, run: Runner, base: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(fresh, target)
-        sync_directory(target)
+        replace_for_grub(fresh, target)
     finally:
         for left in (fresh, fresh + ".new"):
             remove_durably(left)

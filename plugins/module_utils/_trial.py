@@ -39,7 +39,15 @@ LINKS = tuple(f"{UNITS}/{target}.wants/{UNIT_NAME}" for target in TARGETS)
 CUSTOM = "/boot/grub/custom.cfg"
 ENVIRONMENT = "/boot/grub/grubenv"
 # What a power cut may leave of a file that was being written.
-HALVES = (RECORD + _grub.FRESH, UNIT + _grub.FRESH, CUSTOM + _grub.FRESH)
+HALVES = (
+    RECORD + _grub.FRESH,
+    UNIT + _grub.FRESH,
+    CUSTOM + _grub.FRESH,
+    CUSTOM + _grub.OLD,
+    _grub.CONFIG + _grub.OLD,
+)
+# Without a journal, or with one that is written out before the next boot is chosen: GRUB reads no journal.
+FILE_SYSTEMS = ("ext2", "ext3", "ext4", "vfat")
 INITRAMFS = "/usr/share/initramfs-tools/init"
 # Seconds until a panicked kernel or Debian's initramfs shell reboots.
 PANIC_S = 10
@@ -84,6 +92,7 @@ class Found:
     environment: str | None = None
     log: str | None = None
     halves: tuple[str, ...] = ()
+    file_system: str = "ext4"
     initramfs_tools: bool = True
 
     @property
@@ -228,6 +237,11 @@ def findings(host: _grub.Host, found: Found, wanted: Sequence[str], deadline_s: 
         )
     if found.environment is None:
         reasons.append(f"{ENVIRONMENT} does not exist, so GRUB cannot boot once: run `grub-editenv - create`")
+    if found.file_system not in FILE_SYSTEMS:
+        reasons.append(
+            f"{os.path.dirname(CUSTOM)} is on {found.file_system}: GRUB reads no journal, and whether it sees a new "
+            f"entry there after a power cut was verified on {', '.join(FILE_SYSTEMS)} alone"
+        )
     other = found.variables.get("next_entry", "")
     if other and not found.chosen:
         reasons.append(
@@ -329,8 +343,23 @@ def read(root: str = "/") -> Found:
         environment=read_optional(root, ENVIRONMENT),
         log=read_optional(root, LOG),
         halves=tuple(half for half in HALVES if os.path.lexists(base + half)),
+        file_system=file_system_of(read_optional(root, "/proc/self/mounts") or "", os.path.dirname(CUSTOM)),
         initramfs_tools=os.path.exists(base + INITRAMFS),
     )
+
+
+def file_system_of(mounts: str, path: str) -> str:
+    """Return the type of the file system that a path is on, from /proc/self/mounts; "unknown" where it does not say."""
+    best, kind = "", "unknown"
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if (
+            len(fields) >= 3
+            and (fields[1] == "/" or f"{path}/".startswith(f"{fields[1]}/"))
+            and len(fields[1]) >= len(best)
+        ):
+            best, kind = fields[1], fields[2]
+    return kind
 
 
 def _read_exactly(path: str) -> str | None:
@@ -375,7 +404,7 @@ def disarm(found: Found, run: _grub.Runner, root: str = "/") -> None:
     if found.block is not None:
         others = _menu.without_block(found.custom)
         if others is None:
-            _grub.remove_durably(base + CUSTOM)
+            _grub.replace_for_grub(None, os.path.realpath(base + CUSTOM))
         else:
             _write_custom(base, others, run)
     if found.unit is not None:
@@ -418,12 +447,11 @@ def _write_custom(base: str, text: str, run: _grub.Runner) -> None:
         code, _out, errors = run(["grub-script-check", fresh])
         if code != 0:
             raise ValueError(f"grub-script-check refuses {CUSTOM} with the trial entry, rc {code}: {errors.strip()}")
-        os.replace(fresh, target)
+        _grub.replace_for_grub(fresh, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, CUSTOM) from error
     finally:
         _grub.remove_durably(fresh)
-    _grub.sync_directory(target)
 
 
 def _edit_environment(base: str, words: list[str], run: _grub.Runner) -> None:

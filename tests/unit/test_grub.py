@@ -61,6 +61,12 @@ def grub_mkconfig(root: Path) -> Callable[[list[str]], tuple[int, str, str]]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the journal of the machine that the tests run on alone."""
+    monkeypatch.setattr(_grub, "write_journal_out", lambda directory: None)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Return a tree as a two-node host with 6 GiB shows it."""

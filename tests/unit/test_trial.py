@@ -196,6 +196,7 @@ def test_each_point_of_the_verification_trips_alone(
         pytest.param(("set timeout=5", "set timeout=-1"), {}, 600, "no time limit for the menu", id="timeout"),
         pytest.param(None, {"environment": None}, 600, "grubenv does not exist", id="environment"),
         pytest.param(None, {"environment": "next_entry=2\n"}, 600, "next_entry='2': somebody else chose", id="choice"),
+        pytest.param(None, {"file_system": "xfs"}, 600, "/boot/grub is on xfs: GRUB reads no journal", id="journal"),
         pytest.param(None, {"initramfs_tools": False}, 600, "not of initramfs-tools", id="initramfs"),
         pytest.param(("save_env next_entry", "true"), {}, 600, "does not take the choice back", id="once-for-ever"),
         pytest.param(("\tlinux\t/boot/vmlinuz", "\tfile\t/boot/x"), {}, 600, "0 lines that load Linux", id="entry"),
@@ -210,6 +211,33 @@ def test_findings(
         assert reasons == []
     else:
         assert len(reasons) == 1 and message in reasons[0], reasons
+
+
+@pytest.mark.parametrize(
+    ("mounts", "expected"),
+    [
+        pytest.param("/dev/a / ext4 rw 0 0\n", "ext4", id="root"),
+        pytest.param("/dev/a / xfs rw 0 0\n/dev/b /boot ext4 rw 0 0\nt /boot/efi vfat rw 0 0\n", "ext4", id="boot"),
+        pytest.param("/dev/b /boot ext4 rw 0 0\n/dev/a / xfs rw 0 0\n", "ext4", id="any-order"),
+        pytest.param("rootfs / rootfs rw 0 0\n/dev/a / ext4 rw 0 0\n", "ext4", id="mounted-over"),
+        pytest.param("/dev/b /boot/grub2 xfs rw 0 0\n/dev/a / ext4 rw 0 0\n", "ext4", id="only-alike"),
+        pytest.param("", "unknown", id="nothing"),
+    ],
+)
+def test_file_system(mounts: str, expected: str) -> None:
+    assert _trial.file_system_of(mounts, "/boot/grub") == expected
+
+
+def test_grub_finds_the_old_file_until_the_journal_is_written_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "boot/grub/custom.cfg"
+    old = path.stat().st_ino
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        _grub, "write_journal_out", lambda folder: seen.append([one.stat().st_ino for one in Path(folder).iterdir()])
+    )
+    arm(root, runner(root, []))
+    assert len(seen) == 1 and old in seen[0] and path.stat().st_ino in seen[0]
+    assert old not in [one.stat().st_ino for one in path.parent.iterdir()]
 
 
 def test_the_unit_needs_no_program_to_reboot() -> None:
@@ -229,6 +257,12 @@ def test_the_unit_needs_no_program_to_reboot() -> None:
 
 class Cut(Exception):
     """The power goes."""
+
+
+@pytest.fixture(autouse=True)
+def no_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the journal of the machine that the tests run on alone."""
+    monkeypatch.setattr(_grub, "write_journal_out", lambda directory: None)
 
 
 @pytest.fixture
@@ -293,7 +327,7 @@ def test_armed_and_disarmed(root: Path) -> None:
     assert f"systemctl stop {_trial.UNIT_NAME}" in calls
 
 
-@pytest.mark.parametrize("step", range(1, 26))
+@pytest.mark.parametrize("step", range(1, 30))
 def test_a_power_cut_while_arming_is_made_good(root: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(root)
     count = 0
@@ -317,6 +351,7 @@ def test_a_power_cut_while_arming_is_made_good(root: Path, step: int, monkeypatc
             (_trial.os, "fsync"),
             (_grub, "write_durably"),
             (_grub, "sync_directory"),
+            (_grub, "write_journal_out"),
             (_trial, "_edit_environment"),
         ):
             patch.setattr(module, name, cut(getattr(module, name)))
