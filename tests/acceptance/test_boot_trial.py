@@ -272,15 +272,15 @@ def test_arguments_of_others_are_refused_or_taken_over(vm: Vm) -> None:
 def test_too_few_pages_lead_back(vm: Vm) -> None:
     before, first = vm.command_line(), vm.boot_id()
     play = vm.allowed(
-        grub_hugepages_nodes=[{"node": 0, "pages": 2}],
-        grub_hugepages_kernel_arguments=WANTED,
-        grub_hugepages_system_reserve_bytes=1 << 28,
+        grub_hugepages_size_kib=2048,
+        grub_hugepages_nodes=[{"node": 0, "pages": 64}],
+        grub_hugepages_kernel_arguments=["hugepagesz=2M", "hugepages=63"],
     )
     assert play.status == 2
-    assert "node 0: 2 pages of 1 GiB asked, 1 found" in play.message
+    assert "node 0: 64 pages of 2 MiB asked, 63 found" in play.message
     assert "back on its former command line" in play.message
     # The kernel's log of the boot that failed.
-    assert "HugeTLB: registered 1.00 GiB page size" in play.message
+    assert "HugeTLB: registered 2.00 MiB page size, pre-allocated 63 pages" in play.message
     assert vm.boot_id() != first
     vm.is_as_before(before)
 
