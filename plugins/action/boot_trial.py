@@ -103,8 +103,8 @@ class ActionModule(reboot.ActionModule):
         _dummy, self._args = self.validate_argument_spec(argument_spec=ARGUMENT_SPEC)
         self._vars = task_vars or {}
         self._host = str(self._vars.get("inventory_hostname", "localhost"))
-        # The play's own process: workers come and go with their tasks.
-        self._me = identify(os.getppid())
+        # The worker, not the play: it is a session of its own, and goes on when only the play's process is killed.
+        self._me = identify(os.getpid())
         self._power_cycled = False
         if self._connection.transport == "local" and self._args["state"] == "present":
             raise AnsibleActionFail(f"{self._host}: its connection is local, so this would reboot the controller")
