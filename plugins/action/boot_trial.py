@@ -187,7 +187,9 @@ class ActionModule(reboot.ActionModule):
             earlier = self._step("evidence")["evidence"]
             self._display.warning(
                 f"{self._host}: an earlier trial ({looked['id']}) ended, and no play was there to see it. "
-                + describe(earlier)
+                + describe(earlier),
+                # Lines of a log stay lines.
+                formatted=True,
             )
         if not allowed:
             return {**self._clear(looked), "outcome": "consent", "evidence": earlier}

@@ -70,7 +70,7 @@ def action(monkeypatch: pytest.MonkeyPatch, host: Host, **args: Any) -> boot_tri
     found._host = "h"
     found._power_cycled = False
     found._reporter = SimpleNamespace(tell_clock=lambda *words: None)
-    found._display = SimpleNamespace(warning=lambda text: host.asked.append("warning"))
+    found._display = SimpleNamespace(warning=lambda text, formatted=False: host.asked.append("warning"))
     found._connection = SimpleNamespace(_shell=SimpleNamespace(tmpdir=None))
     monkeypatch.setattr(found, "_step", host.step)
     monkeypatch.setattr(found, "_wait", host.wait)
