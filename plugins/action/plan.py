@@ -34,6 +34,7 @@ ARGUMENT_SPEC = {
     "isa": {"type": "str"},
     "weights": {"type": "str", "default": "hugetlbfs"},
     "overlap": {"type": "bool"},
+    "free_vmemmap": {"type": "bool", "default": False},
 }
 
 
@@ -91,6 +92,7 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
                 isa=args["isa"],
                 weights=args["weights"],
                 overlap=args["overlap"],
+                free_vmemmap=args["free_vmemmap"],
             )
             manifest = read_lock(self._loader.path_dwim(args["lock"]))
             plan = make_plan(facts.get("cpullm_numa"), manifest, overrides)

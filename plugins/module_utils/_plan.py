@@ -84,6 +84,7 @@ STRUCT_PAGE_SHARE = 64
 # The kernel describes a page of 1 GiB in 16 MiB, and with hugetlb_free_vmemmap=on keeps 4 KiB of them
 # (Documentation/mm/vmemmap_dedup.rst).
 VMEMMAP_BYTES_PER_PAGE = 16 * MIB - 4 * KIB
+FREE_VMEMMAP_KERNEL = (5, 14)
 MAX_SLOTS = 256
 MLA_WAY_OUT = "Take a conversion from after April 2025, or convert anew with the pinned llama.cpp."
 
@@ -113,6 +114,7 @@ class Overrides:
     isa: str | None = None
     weights: str = "hugetlbfs"
     overlap: bool | None = None
+    free_vmemmap: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,15 +344,26 @@ def spread(pages: int, nodes: Sequence[Node]) -> list[tuple[int, int]]:
     return [(node.node, each + (1 if index < more else 0)) for index, node in enumerate(nodes)]
 
 
-def kernel_arguments(pages: Sequence[tuple[int, int]], node_count: int, release: str) -> list[str]:
+def kernel_arguments(
+    pages: Sequence[tuple[int, int]], node_count: int, release: str, free_vmemmap: bool = False
+) -> list[str]:
     """Return the ordered kernel arguments that reserve these (node, pages); raises Refusal where they cannot."""
     wanted = [(node, count) for node, count in pages if count]
     if not wanted:
         return []
     size = ["default_hugepagesz=1G", "hugepagesz=1G"]
+    match = re.match(r"(\d+)\.(\d+)", release)
+    if free_vmemmap:
+        if match and (int(match[1]), int(match[2])) < FREE_VMEMMAP_KERNEL:
+            raise Refusal(
+                f"{_FACT}.kernel.release",
+                release,
+                "5.14 or later, for hugetlb_free_vmemmap=on",
+                "Install a newer kernel, or set host_plan_free_vmemmap to false.",
+            )
+        size.insert(0, "hugetlb_free_vmemmap=on")
     if node_count == 1:
         return [*size, f"hugepages={wanted[0][1]}"]
-    match = re.match(r"(\d+)\.(\d+)", release)
     if match and (int(match[1]), int(match[2])) < PER_NODE_KERNEL:
         if len(wanted) == node_count and len({count for _dummy, count in wanted}) == 1:
             return [*size, f"hugepages={sum(count for _dummy, count in wanted)}"]
@@ -568,6 +581,10 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
     reserve, reserve_reason = system_reserve(machine.memory_bytes)
     if overrides.system_reserve_bytes is not None:
         reserve, reserve_reason = overrides.system_reserve_bytes, "set by host_plan_system_reserve_gib"
+    elif overrides.free_vmemmap and paged:
+        freed = VMEMMAP_BYTES_PER_PAGE * copy_pages * len(sockets) // MEMORY_STEP * MEMORY_STEP
+        reserve -= freed
+        reserve_reason += f", less {gib(freed)} that hugetlb_free_vmemmap=on gives back"
     if overrides.overlap and overrides.weights == "anonymous":
         raise Refusal(
             "host_plan_overlap",
@@ -613,7 +630,7 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
     kv = kv_per_token * padded(context) * overrides.slots
     buffers = compute_bytes(model, context, overrides.slots, threads)
     start_timeout_s = -(-manifest.bytes * len(sockets) // LOAD_BYTES_PER_S) + START_SLACK_S
-    arguments = kernel_arguments(node_pages, machine.node_count, machine.kernel_release)
+    arguments = kernel_arguments(node_pages, machine.node_count, machine.kernel_release, overrides.free_vmemmap)
     instances = [
         {
             "instance": index,
@@ -729,7 +746,11 @@ def make_plan(numa: Any, manifest: Manifest, overrides: Overrides) -> dict[str, 
             "64 bytes for each 4 KiB, in the reserve"
             + (
                 f"; hugetlb_free_vmemmap=on gives back {gib(VMEMMAP_BYTES_PER_PAGE * plan['pages']['total'])} of them, "
-                "on which the plan does not count"
+                + (
+                    "which the reserve leaves out"
+                    if overrides.free_vmemmap and overrides.system_reserve_bytes is None
+                    else "on which the plan does not count"
+                )
                 if paged
                 else ""
             ),

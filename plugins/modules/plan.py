@@ -65,6 +65,12 @@ options:
       - Keep room for a second server on the same weights while an upgrade overlaps. By default where the weights can
         be shared, that is not with V(anonymous), and the context does not shrink for it.
     type: bool
+  free_vmemmap:
+    description:
+      - Have the kernel give back what describes the 4 KiB pages of a huge one, with C(hugetlb_free_vmemmap=on), and
+        leave that out of the system reserve. Needs Linux 5.14.
+    type: bool
+    default: false
 attributes:
   facts:
     description: Action returns an C(ansible_facts) dictionary that will update existing host facts.

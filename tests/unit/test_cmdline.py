@@ -79,7 +79,9 @@ def test_find_in_a_shell_line(line: str, expected: list[str]) -> None:
     ],
 )
 def test_build(release: str, expected: str) -> None:
-    assert _cmdline.build(1048576, [(0, 3), (1, 2)], release) == ["default_hugepagesz=1G", "hugepagesz=1G", expected]
+    plain = ["default_hugepagesz=1G", "hugepagesz=1G", expected]
+    assert _cmdline.build(1048576, [(0, 3), (1, 2)], release) == plain
+    assert _cmdline.build(1048576, [(0, 3), (1, 2)], release, True) == ["hugetlb_free_vmemmap=on", *plain]
 
 
 def test_build_refuses() -> None:
