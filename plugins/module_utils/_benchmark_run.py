@@ -709,6 +709,11 @@ def restore() -> list[str]:
     return done
 
 
+def _ended(*_arguments: object) -> None:
+    """End as a signal does, through every clean-up on the way."""
+    raise SystemExit(143)
+
+
 def main() -> int:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -718,16 +723,16 @@ def main() -> int:
     parser.add_argument("--status", type=Path, help="JSON file that shows how far the work is")
     options = parser.parse_args()
     # A job that is ended still stops what it started.
-    signal.signal(signal.SIGTERM, lambda *_arguments: sys.exit(143))
+    signal.signal(signal.SIGTERM, _ended)
     try:
         if options.command == "restore":
-            print(json.dumps({"done": restore()}))
+            sys.stdout.write(json.dumps({"done": restore()}) + "\n")
             return 0
         raw = options.request.read_bytes()
         request = json.loads(raw)
         digest = hashlib.sha256(raw).hexdigest()
         if options.result.exists() and json.loads(options.result.read_bytes()).get("request") == digest:
-            print("a result of this request was there already")
+            sys.stdout.write("a result of this request was there already\n")
             return 0
         restore()
         result = {"request": digest, **measure(request, options.status)}
@@ -736,10 +741,10 @@ def main() -> int:
         fresh.replace(options.result)
         STATE.unlink(missing_ok=True)
     except (Refused, OSError, ValueError, http.client.HTTPException) as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -182,6 +182,11 @@ def list_files(root: str) -> list[dict[str, Any]]:
     return sorted(files, key=lambda entry: str(entry["path"]))
 
 
+def _is(value: object, kind: type) -> bool:
+    """Return whether a value of JSON is of a kind; true and false are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 def read_record(root: str) -> dict[str, Any]:
     """Return the BUILD.json of a build; ValueError where it is absent or is not one."""
     path = os.path.join(root, RECORD)
@@ -196,7 +201,7 @@ def read_record(root: str) -> dict[str, Any]:
         raise ValueError(f"{path}: no record of a build")
     kinds = {"path": str, "bytes": int, "sha256": str, "executable": bool}
     for entry in record["files"]:
-        if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
+        if not isinstance(entry, dict) or any(not _is(entry.get(name), kind) for name, kind in kinds.items()):
             raise ValueError(f"{path}: a file without one of {', '.join(kinds)}")
         parts = entry["path"].split("/")
         if ".." in parts or parts[0] == "" or not entry["path"].isprintable():

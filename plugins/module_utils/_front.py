@@ -85,7 +85,7 @@ def _count(text: str | None) -> int:
 def description(info: str) -> str | None:
     """Return the description of ``show info``, where the configuration's digest stands, or None."""
     for line in info.splitlines():
-        name, _, value = line.partition(": ")
+        name, _colon, value = line.partition(": ")
         if name == "description":
             return value.strip()
     return None

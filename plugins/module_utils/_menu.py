@@ -109,7 +109,7 @@ def find(menu: Sequence[Item], wanted: str) -> Item:
     """
     if not menu:
         raise ValueError("it has no entry")
-    head, _, rest = wanted.partition(">")
+    head, _mark, rest = wanted.partition(">")
     if re.fullmatch(r"[0-9]{1,6}", head):
         number = int(head)
         item = menu[number] if number < len(menu) else menu[0]
@@ -157,11 +157,10 @@ def render_entry(entry: Item, wanted: Sequence[str], extra: Sequence[str]) -> st
     A kernel that cannot be loaded reboots at once: GRUB would otherwise wait in its menu for ever.
     """
     lines = list(entry.lines)
-    places = [number for number, line in enumerate(lines) if _LINUX.match(line)]
-    if len(places) != 1:
-        raise ValueError(f"entry '{entry.title}' has {len(places)} lines that load Linux, expected one")
-    match = _LINUX.match(lines[places[0]])
-    assert match is not None  # noqa: S101 - for the type checker
+    matches = [(number, match) for number, line in enumerate(lines) if (match := _LINUX.match(line))]
+    if len(matches) != 1:
+        raise ValueError(f"entry '{entry.title}' has {len(matches)} lines that load Linux, expected one")
+    place, match = matches[0]
     if match["rest"].rstrip().endswith("\\"):
         raise ValueError(f"entry '{entry.title}' continues its linux line on the next one, which is not understood")
     if "--" in match["rest"].split():
@@ -176,7 +175,7 @@ def render_entry(entry: Item, wanted: Sequence[str], extra: Sequence[str]) -> st
     # The entry may be in a submenu: its lines lose that indentation.
     depth = min((len(one) - len(one.lstrip("\t")) for one in lines if one.strip()), default=0)
     body = [one[depth:] if one[:depth].strip() == "" else one for one in lines]
-    body[places[0]] = f"if {line}; then true; else\n\t\treboot\n\tfi"
+    body[place] = f"if {line}; then true; else\n\t\treboot\n\tfi"
     text = "\n".join(f"\t{one}" if one.strip() else "" for one in body)
     return f"menuentry '{TITLE}' --id '{ENTRY}' {{\n{text}\n}}\n"
 
