@@ -18,7 +18,7 @@ from tests.engine.test_mmap_check import MAPPED, Check, check, sparse_file  # no
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
-    """A mount of 1 GiB pages, and its files gone with it."""
+    """A mount of 1 GiB pages, and its files gone with it: asked for after the pool, and before the servers."""
     folder = tmp_path / "huge"
     folder.mkdir()
     subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=1G", "hugetlbfs", str(folder)], check=True)
@@ -53,7 +53,7 @@ def said(server: Server) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("mode", ["off", "try", "require"])
 def test_serves_the_file_s_own_pages_in_every_mode(
-    servers: Servers, model: Model, pool: Pool, mount: Path, mode: str
+    pool: Pool, mount: Path, servers: Servers, model: Model, mode: str
 ) -> None:
     stock = servers.start(model, LLAMA_WEIGHTS_HUGEPAGES="off")
     expected = said(stock)
@@ -74,7 +74,7 @@ def test_serves_the_file_s_own_pages_in_every_mode(
     assert free_pages() == 0, "the store outlives its servers"
 
 
-def test_a_killed_server_leaves_the_pages_as_they_were(servers: Servers, model: Model, pool: Pool, mount: Path) -> None:
+def test_a_killed_server_leaves_the_pages_as_they_were(pool: Pool, mount: Path, servers: Servers, model: Model) -> None:
     pool.free_exactly(model.pages)
     stored = Model(tuple(put(shard, mount) for shard in model.shards))
     server = servers.start(stored, ["--no-repack"])
