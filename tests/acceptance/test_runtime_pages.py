@@ -78,7 +78,7 @@ def reboot() -> None:
     """Boot the VM in good order."""
     before = on("cat /proc/sys/kernel/random/boot_id")
     on("systemctl reboot")
-    for _attempt in range(60):
+    for _attempt in range(120):
         time.sleep(5)
         done = subprocess.run(
             [sys.executable, "-m", "lab", "ssh", NAME, "--", "cat /proc/sys/kernel/random/boot_id"],
@@ -278,3 +278,14 @@ def test_a_command_line_that_came_up_short_is_topped_up(ansible):
     assert on("journalctl -b -u cpullm-hugepages -t cpullm-hugepages -o cat").endswith(
         "node 1: 2 wanted, 2 there, +1 now"
     )
+
+
+def test_page_descriptions_are_given_back(ansible):
+    """Goes on from the test before: one page by the command line, one by the unit, with and without."""
+    path = "/etc/default/grub.d/60-cpullm-hugepages.cfg"
+    before = int(on("awk '/MemTotal/ { print $2 }' /proc/meminfo"))
+    on(f"sed -i 's/default_hugepagesz=1G/hugetlb_free_vmemmap=on &/' {path}; update-grub")
+    reboot()
+    assert pools() == [0, 2]
+    assert int(on("awk '/MemTotal/ { print $2 }' /proc/meminfo")) - before == 2 * 16380
+    assert on("cat /proc/sys/vm/hugetlb_optimize_vmemmap") == "1"
