@@ -54,7 +54,7 @@ true
 # What a test writes where GRUB reads, which knows no journal; the collection itself sees to its own files.
 SETTLE = "sync; fsfreeze --freeze / && fsfreeze --unfreeze /"
 
-pytestmark = [pytest.mark.lab, pytest.mark.vm]
+pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.faults]
 
 
 def lab(*words: str, timeout_s: float = 2 * BOOT_S) -> str:

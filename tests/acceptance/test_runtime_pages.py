@@ -41,7 +41,7 @@ ExecStart=/bin/sleep infinity
 WantedBy=multi-user.target
 """
 
-pytestmark = [pytest.mark.lab, pytest.mark.vm]
+pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.faults]
 
 
 def lab(*words: str) -> str:

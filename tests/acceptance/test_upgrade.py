@@ -30,7 +30,7 @@ HOST = "test-upgrade"
 OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_FLEET_TEST": "ON"}}'
 SERVER = "llama-server@0.service"
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.faults]
 
 # Three at once on one slot, so that two always wait in the front.
 CLIENT = """

@@ -25,7 +25,7 @@ NAME = os.environ.get("STORE_HOST", "test-store")
 MERGED = os.environ.get("STORE_MERGED") == "1"
 KILLS = 10
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.faults]
 
 
 @pytest.fixture(scope="module")
