@@ -465,6 +465,8 @@ def _edit_environment(base: str, words: list[str], run: _grub.Runner) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    # It is written anew, in other blocks: GRUB has to see those, and writes to the ones that it sees.
+    _grub.write_journal_out(os.path.dirname(os.path.realpath(path)))
     with open(path, encoding="utf-8", errors="replace") as stream:
         now = _menu.parse_environment(stream.read()).get("next_entry")
     if now != (_menu.ENTRY if words[0] == "set" else None):

@@ -368,16 +368,15 @@ def test_the_deadline_ends_a_boot_whose_controller_is_gone(vm: Vm) -> None:
 def test_a_power_cut_with_the_trial_armed_is_taken_up_and_an_upgrade_does_no_harm(vm: Vm) -> None:
     before = vm.command_line()
     vm.arm()
+    lab("power-cut", vm.name)
+    running = vm.command_line()
+    assert [word for word in running if "hugepages" in word] == WANTED and running[-1].startswith("cpullm.trial=")
+    assert running[0] == before[0]
     # As when a package brings a newer kernel: that one is the default from here on.
     vm.on(
         "for kind in vmlinuz initrd.img; do cp /boot/$kind-$(uname -r) /boot/$kind-99.0.0-cloud-amd64; done;"
         f"update-grub 2>/dev/null; {SETTLE}"
     )
-    lab("power-cut", vm.name)
-    running = vm.command_line()
-    assert [word for word in running if "hugepages" in word] == WANTED and running[-1].startswith("cpullm.trial=")
-    assert running[0] == before[0]
-    vm.on(f"update-grub 2>/dev/null; {SETTLE}")
     trial = vm.boot_id()
     # It needs no consent: nothing reboots.
     play = vm.play()
