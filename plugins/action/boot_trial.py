@@ -83,14 +83,19 @@ def has_ended(holder: dict[str, Any], me: dict[str, Any]) -> bool:
 
 
 def describe(evidence: list[dict[str, Any]], limit: int = 40) -> str:
-    """Return what was seen as lines for a message, the last ones of each source."""
+    """Return what was seen as lines for a message: of each source how it begins, and more of how it ends."""
     if not evidence:
         return (
             "It left neither a log nor a journal: it ended before its root file system was writable, or did not begin. "
             "The machine's console has what it said"
         )
-    each = max(5, limit // len(evidence))
-    blocks = [f"{item['source']}:\n  " + "\n  ".join(item["lines"][-each:]) for item in evidence]
+    each = max(6, limit // len(evidence))
+    blocks = []
+    for item in evidence:
+        lines = item["lines"]
+        if len(lines) > each:
+            lines = [*lines[:3], "...", *lines[4 - each :]]
+        blocks.append(f"{item['source']}:\n  " + "\n  ".join(lines))
     return "What was seen there:\n" + "\n".join(blocks)
 
 

@@ -184,7 +184,7 @@ def render_unit(identity: str, deadline_s: int) -> str:
         f'test "$$SERVICE_RESULT" = success || test ! -e {RECORD} || '
         f"{{ echo {identity}; echo nobody verified the boot within {deadline_s} s; date --utc; "
         "systemctl list-units --state=failed,activating --plain --no-legend --no-pager; "
-        f"dmesg | tail -n 40; }} >{LOG} 2>&1; sync"
+        f"dmesg | tail -n 10; }} >{LOG} 2>&1; sync"
     )
     return f"""\
 # Managed by cpullm.epyc, role grub_hugepages. It is here while a kernel command line is on trial.

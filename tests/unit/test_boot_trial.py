@@ -318,6 +318,12 @@ def test_a_power_cycle_need_not_wait_for_the_way_back(monkeypatch: pytest.Monkey
     assert patience == [210.0, 110.0]
 
 
+def test_what_was_seen_keeps_beginning_and_end() -> None:
+    lines = [str(number) for number in range(50)]
+    text = boot_trial.describe([{"source": "log", "lines": lines}, {"source": "short", "lines": ["x"]}], limit=16)
+    assert text == "What was seen there:\nlog:\n  0\n  1\n  2\n  ...\n  46\n  47\n  48\n  49\nshort:\n  x"
+
+
 def test_this_process_is_alive_and_another_start_of_its_number_is_not() -> None:
     me = boot_trial.identify(os.getpid())
     assert me["controller"] == socket.gethostname() and me["pid"] == os.getpid()
