@@ -68,7 +68,8 @@ def state(variables: Mapping[str, Any]) -> str:
         return stopped[0]
     if (facts.get("cpullm_grub_hugepages") or {}).get("reboot_required"):
         return REBOOT_REQUIRED
-    if "as_planned" in serving:
+    found = serving.get("instances") or []
+    if "as_planned" in serving and (not found or any(entry.get("active_state") == "active" for entry in found)):
         return NOT_AS_PLANNED
     return NOT_SERVING if facts.get("cpullm_plan") else NOT_PLANNED
 
