@@ -70,6 +70,8 @@ def store_problems(number: int) -> list[str]:
     path = PLANS / f"{number}.json"
     if not path.exists():
         return []
+    # What is compiled would be a file that no teardown knows.
+    sys.dont_write_bytecode = True
     import llama_weights  # noqa: PLC0415 - only beside a store
 
     try:
