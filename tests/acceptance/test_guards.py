@@ -177,7 +177,7 @@ def bad_inputs(place: Place) -> dict[str, tuple[dict[str, Any], list[str]]]:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     return {
         "weights": ({"systemd_service_weights": "magic"}, ["host_plan_weights", "anonymous", "magic"]),
-        "method": ({"grub_hugepages_method": "foo"}, ["grub_hugepages_method", "boot, external", "foo"]),
+        "method": ({"grub_hugepages_method": "foo"}, ["grub_hugepages_method", "boot, runtime, external", "foo"]),
         "connections": ({"model_fetch_connections": "many"}, ["model_fetch_connections", "many", "int"]),
         "tuning": ({"memory_tuning_method": "foo"}, ["memory_tuning_method", "foo"]),
         "source": (
