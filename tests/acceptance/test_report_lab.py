@@ -88,7 +88,7 @@ def test_each_host_s_fault_is_read_in_a_browser(page: Path) -> None:
         if pictures := os.environ.get("CPULLM_REPORT_PICTURES"):
             view.screenshot(path=Path(pictures) / "lab-fleet.png", full_page=True)
         chromium.close()
-    for name, state in ((BARE, "NOT AS PLANNED"), (SMALL, "REFUSED"), (OFF, "UNREACHABLE")):
+    for name, state in ((BARE, "NOT SERVING"), (SMALL, "REFUSED"), (OFF, "UNREACHABLE")):
         assert state in rows[name], rows
     assert "the unit is inactive, expected active" in sections[BARE]
     assert "a copy of DeepSeek-R1-Q8_0 takes 668 pages of 1 GiB" in sections[SMALL]
