@@ -36,15 +36,10 @@ STEP_OPTIONS = {
 }
 ARGUMENT_SPEC = {
     **STEP_OPTIONS,
+    **reboot.WAIT_OPTIONS,
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "reboot_allowed": {"type": "bool", "default": False},
     "power_cycle": {"type": "list", "elements": "str"},
-    "timeout_s": {"type": "float", "default": 1800.0},
-    "expected_s": {"type": "float", "default": 300.0},
-    "down_timeout_s": {"type": "float", "default": 600.0},
-    "settle_timeout_s": {"type": "float", "default": 300.0},
-    "connect_timeout_s": {"type": "int", "default": 10},
-    "poll_s": {"type": "float", "default": 2.0},
 }
 
 

@@ -26,13 +26,17 @@ REQUEST = (
     " else setsid sh -c 'sleep 2; {plain}' </dev/null >/dev/null 2>&1 & fi"
 )
 
-ARGUMENT_SPEC = {
+# What waiting for another boot takes; also what a trial boot is given.
+WAIT_OPTIONS = {
     "timeout_s": {"type": "float", "default": 1800.0},
     "expected_s": {"type": "float", "default": 300.0},
     "down_timeout_s": {"type": "float", "default": 600.0},
     "settle_timeout_s": {"type": "float", "default": 300.0},
     "connect_timeout_s": {"type": "int", "default": 10},
     "poll_s": {"type": "float", "default": 2.0},
+}
+ARGUMENT_SPEC = {
+    **WAIT_OPTIONS,
     "title": {"type": "str", "default": "reboot"},
 }
 
