@@ -23,8 +23,9 @@ SIGNATURE = "# GRUB Environment Block\n"
 SIZE = 1024
 # next_entry with the longest name of an entry of ours, and what Debian's scripts keep beside it.
 ROOM = 128
-# File systems on which GRUB overwrites blocks of a file in place.
-WRITABLE = frozenset({"ext2", "ext3", "ext4", "xfs", "vfat", "jfs"})
+# File systems on which GRUB overwrites blocks of a file in place, and sees a new entry beside it after a power cut: it
+# reads no journal. These have none, or one that is written out before the next boot is chosen (`_grub`).
+WRITABLE = ("ext2", "ext3", "ext4", "vfat")
 INSTEAD = "or reserve without GRUB, early in boot, with grub_hugepages_method: runtime"
 # A RAID on partitions below a volume below a mapping; deeper stacks are walked no further.
 MAX_LAYERS = 8
@@ -225,6 +226,7 @@ def faults(block: Block) -> list[str]:
     found = []
     where = block.mount
     once = "where GRUB cannot write it, an entry that is to boot once would boot for ever"
+    seen = "GRUB reads no journal, and may not find there what was written before a power cut"
     if block.layers:
         on = ", ".join(f"{layer.name}: {layer.what}" for layer in block.layers)
         found.append(
@@ -234,7 +236,7 @@ def faults(block: Block) -> list[str]:
     if where is not None and where.kind not in WRITABLE:
         found.append(
             f"{block.path} lies on {where.kind} (mounted at {_shown(where.path)}), expected one of "
-            f"{', '.join(sorted(WRITABLE))}: {once}. Give /boot a file system of these, {INSTEAD}"
+            f"{', '.join(WRITABLE)}: {once}, and {seen}. Give /boot a file system of these, {INSTEAD}"
         )
     if where is not None and where.read_only:
         found.append(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _grubenv
+from ansible_collections.cpullm.epyc.plugins.module_utils import _cmdline, _grub, _grubenv, _trial
 from ansible_collections.cpullm.epyc.plugins.module_utils._build import parse_os_release
 from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import read_number, read_optional
 
@@ -55,13 +55,15 @@ def kernel_faults(release: str, arguments: Sequence[str], pages: Sequence[tuple[
 
 
 def trial_faults(
-    release: str, arguments: Sequence[str], pages: Sequence[tuple[int, int]], nodes: int, root: str = "/"
+    host: _grub.Host, found: _trial.Found, wanted: _grub.Wanted, deadline_s: int, root: str = "/"
 ) -> list[str]:
-    """Return why the host below `root` must not be given a trial boot with these arguments."""
+    """Return why the host below `root` must not be given a trial boot: the one list, asked by whoever is about to."""
+    nodes = sum(1 for room in host.memory.rooms if room.memory_bytes)
     return [
         *distribution_faults(read_optional(root, "/etc/os-release")),
-        *kernel_faults(release, arguments, pages, nodes),
+        *kernel_faults(host.release, wanted.arguments, wanted.pages, nodes),
         *_grubenv.faults(_grubenv.read(root)),
+        *_trial.findings(host, found, wanted.arguments, deadline_s),
     ]
 
 

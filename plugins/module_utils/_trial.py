@@ -46,8 +46,6 @@ HALVES = (
     CUSTOM + _grub.OLD,
     _grub.CONFIG + _grub.OLD,
 )
-# Without a journal, or with one that is written out before the next boot is chosen: GRUB reads no journal.
-FILE_SYSTEMS = ("ext2", "ext3", "ext4", "vfat")
 INITRAMFS = "/usr/share/initramfs-tools/init"
 # Seconds until a panicked kernel or Debian's initramfs shell reboots.
 PANIC_S = 10
@@ -92,7 +90,6 @@ class Found:
     environment: str | None = None
     log: str | None = None
     halves: tuple[str, ...] = ()
-    file_system: str = "ext4"
     initramfs_tools: bool = True
 
     @property
@@ -215,7 +212,7 @@ def render_entry(host: _grub.Host, found: Found, wanted: Sequence[str], identity
 def findings(host: _grub.Host, found: Found, wanted: Sequence[str], deadline_s: int) -> list[str]:
     """Return why a trial boot cannot be made here, each with the way out; [] where it can.
 
-    To be asked where GRUB is there at all (`_grub.findings`).
+    To be asked where GRUB is there at all (`_grub.findings`), as a part of `_preflight.trial_faults`.
     """
     if host.config is None:
         return []
@@ -234,13 +231,6 @@ def findings(host: _grub.Host, found: Found, wanted: Sequence[str], deadline_s: 
         reasons.append(
             f"{_grub.CONFIG} has no time limit for the menu, so that no boot goes on without a key: set GRUB_TIMEOUT "
             "to a number of seconds and run update-grub"
-        )
-    if found.environment is None:
-        reasons.append(f"{ENVIRONMENT} does not exist, so GRUB cannot boot once: run `grub-editenv - create`")
-    if found.file_system not in FILE_SYSTEMS:
-        reasons.append(
-            f"{os.path.dirname(CUSTOM)} is on {found.file_system}: GRUB reads no journal, and whether it sees a new "
-            f"entry there after a power cut was verified on {', '.join(FILE_SYSTEMS)} alone"
         )
     other = found.variables.get("next_entry", "")
     if other and not found.chosen:
@@ -343,23 +333,8 @@ def read(root: str = "/") -> Found:
         environment=read_optional(root, ENVIRONMENT),
         log=read_optional(root, LOG),
         halves=tuple(half for half in HALVES if os.path.lexists(base + half)),
-        file_system=file_system_of(read_optional(root, "/proc/self/mounts") or "", os.path.dirname(CUSTOM)),
         initramfs_tools=os.path.exists(base + INITRAMFS),
     )
-
-
-def file_system_of(mounts: str, path: str) -> str:
-    """Return the type of the file system that a path is on, from /proc/self/mounts; "unknown" where it does not say."""
-    best, kind = "", "unknown"
-    for line in mounts.splitlines():
-        fields = line.split(" ")
-        if (
-            len(fields) >= 3
-            and (fields[1] == "/" or f"{path}/".startswith(f"{fields[1]}/"))
-            and len(fields[1]) >= len(best)
-        ):
-            best, kind = fields[1], fields[2]
-    return kind
 
 
 def _read_exactly(path: str) -> str | None:

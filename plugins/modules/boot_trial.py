@@ -129,6 +129,11 @@ outcome:
   returned: success
   type: str
   sample: promoted
+traces:
+  description: Files in which something of a trial is, or was.
+  returned: with O(state=absent)
+  type: list
+  elements: str
 power_cycled:
   description: Whether the host's power had to be cycled.
   returned: when it was promoted

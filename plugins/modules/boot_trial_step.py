@@ -148,7 +148,7 @@ import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _trial
+from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _preflight, _trial
 from ansible_collections.cpullm.epyc.plugins.module_utils._sysfs import read_number
 
 MODULE_LOCK = "/run/cpullm/grub_hugepages.lock"
@@ -188,7 +188,7 @@ class Steps:
         survey = _grub.survey(self.host, self.wanted)
         findings = [
             *survey["findings"],
-            *_trial.findings(self.host, self.found, self.wanted.arguments, self.module.params["deadline_s"]),
+            *_preflight.trial_faults(self.host, self.found, self.wanted, self.module.params["deadline_s"]),
         ]
         return {
             "changed": False,

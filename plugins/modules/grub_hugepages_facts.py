@@ -212,13 +212,11 @@ def main() -> None:
     )
     survey = _grub.survey(host, wanted)
     found = _trial.read()
-    survey["trial"] = _trial.state(host, found) if wanted.method == "boot" else "none"
+    survey["trial"] = _trial.state(host, found)
     if wanted.method == "runtime":
         survey["findings"] += _preflight.runtime_faults(params["free_vmemmap"])
     elif survey["reboot_required"]:
-        nodes = sum(1 for room in host.memory.rooms if room.memory_bytes)
-        survey["findings"] += _preflight.trial_faults(host.release, arguments, pages, nodes)
-        survey["findings"] += _trial.findings(host, found, wanted.arguments, _trial.MIN_DEADLINE_S)
+        survey["findings"] += _preflight.trial_faults(host, found, wanted, _trial.MIN_DEADLINE_S)
     survey["pool_faults"] += _preflight.vmemmap_faults(params["free_vmemmap"])
     survey["pools_right"] = not survey["pool_faults"]
     module.exit_json(changed=False, ansible_facts={"cpullm_grub_hugepages": survey})

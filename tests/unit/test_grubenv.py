@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from ansible_collections.cpullm.epyc.plugins.module_utils import _grubenv, _preflight
+from ansible_collections.cpullm.epyc.plugins.module_utils import _grub, _grubenv, _preflight, _trial
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.test_trial import host
 from tests.unit.tree_builder import write
 
 # As grub-editenv of Debian 12 makes it, with an entry that is to boot once.
@@ -111,6 +112,7 @@ def root(tmp_path: Path) -> Path:
     """Return a host with /boot/grub on a partition of a disk, and devices that it could lie on instead."""
     write(tmp_path, "boot/grub/grubenv", BLOCK)
     write(tmp_path, "etc/os-release", 'ID=debian\nVERSION_ID="12"\n')
+    write(tmp_path, "usr/share/initramfs-tools/init", "")
     device(tmp_path, DISK, "8:0", {})
     for number in (1, 2):
         device(tmp_path, f"{DISK}/sda{number}", f"8:{number}", {"partition": f"{number}\n"})
@@ -133,7 +135,8 @@ def mount(root: Path, number: str, kind: str, options: str = "rw") -> None:
 
 
 def found(root: Path) -> list[str]:
-    return _preflight.trial_faults("6.1.0-40-amd64", ["hugepages=0:3"], [(0, 3)], 1, str(root))
+    wanted = _grub.Wanted(pages=((0, 3),), arguments=("hugepages=0:3",))
+    return _preflight.trial_faults(host(), _trial.read(str(root)), wanted, 600, str(root))
 
 
 def test_a_partition_of_a_disk_is_refused_nothing(root: Path) -> None:
@@ -145,9 +148,10 @@ def test_a_partition_of_a_disk_is_refused_nothing(root: Path) -> None:
     [
         pytest.param("253:0", "ext4", "vg-root: LVM, expected a partition of a disk", id="lvm"),
         pytest.param("9:0", "ext4", "md0: RAID (raid1), expected", id="raid"),
-        pytest.param("253:1", "xfs", "root: LVM, md0: RAID (raid1), expected", id="lvm-on-raid"),
+        pytest.param("253:1", "ext4", "root: LVM, md0: RAID (raid1), expected", id="lvm-on-raid"),
         pytest.param("253:2", "ext4", "boot_crypt: encryption, expected", id="encrypted"),
         pytest.param("0:31", "btrfs", "lies on btrfs (mounted at /), expected one of ext2, ext3, ext4,", id="btrfs"),
+        pytest.param("8:1", "xfs", "GRUB reads no journal, and may not find there", id="xfs"),
         pytest.param("0:31", "zfs", "lies on zfs (mounted at /), expected one of ext2, ext3, ext4,", id="zfs"),
         pytest.param("0:31", "overlay", "lies on overlay (mounted at /)", id="overlay"),
     ],
@@ -158,6 +162,20 @@ def test_where_grub_cannot_write(root: Path, number: str, kind: str, says: str) 
     assert len(messages) == 1
     assert messages[0].startswith("/boot/grub/grubenv lies on ") and says in messages[0]
     assert "would boot for ever" in messages[0] and "grub_hugepages_method: runtime" in messages[0]
+
+
+def test_what_forbids_a_trial_is_one_list(root: Path) -> None:
+    mount(root, "253:0", "ext4")
+    write(root, "etc/os-release", "ID=arch\n")
+    wanted = _grub.Wanted(pages=((0, 3),), arguments=("hugepages=0:3",))
+    old = host(release="5.10.0")
+    messages = _preflight.trial_faults(old, _trial.read(str(root)), wanted, 5, str(root))
+    assert [message.split(":")[0].split(" is ")[0] for message in messages] == [
+        "/etc/os-release",
+        "the kernel 5.10.0 spreads pages evenly over 2 nodes, and 3 on node 0 are wanted",
+        "/boot/grub/grubenv lies on vg-root",
+        "grub_hugepages_trial_deadline_s",
+    ]
 
 
 def test_the_file_system_that_counts_is_the_one_of_boot(root: Path) -> None:

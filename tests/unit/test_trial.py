@@ -194,9 +194,7 @@ def test_each_point_of_the_verification_trips_alone(
             ("  source ${config_directory}/custom.cfg\n", ""), {}, 600, "does not read custom.cfg", id="custom"
         ),
         pytest.param(("set timeout=5", "set timeout=-1"), {}, 600, "no time limit for the menu", id="timeout"),
-        pytest.param(None, {"environment": None}, 600, "grubenv does not exist", id="environment"),
         pytest.param(None, {"environment": "next_entry=2\n"}, 600, "next_entry='2': somebody else chose", id="choice"),
-        pytest.param(None, {"file_system": "xfs"}, 600, "/boot/grub is on xfs: GRUB reads no journal", id="journal"),
         pytest.param(None, {"initramfs_tools": False}, 600, "not of initramfs-tools", id="initramfs"),
         pytest.param(("save_env next_entry", "true"), {}, 600, "does not take the choice back", id="once-for-ever"),
         pytest.param(("\tlinux\t/boot/vmlinuz", "\tfile\t/boot/x"), {}, 600, "0 lines that load Linux", id="entry"),
@@ -211,21 +209,6 @@ def test_findings(
         assert reasons == []
     else:
         assert len(reasons) == 1 and message in reasons[0], reasons
-
-
-@pytest.mark.parametrize(
-    ("mounts", "expected"),
-    [
-        pytest.param("/dev/a / ext4 rw 0 0\n", "ext4", id="root"),
-        pytest.param("/dev/a / xfs rw 0 0\n/dev/b /boot ext4 rw 0 0\nt /boot/efi vfat rw 0 0\n", "ext4", id="boot"),
-        pytest.param("/dev/b /boot ext4 rw 0 0\n/dev/a / xfs rw 0 0\n", "ext4", id="any-order"),
-        pytest.param("rootfs / rootfs rw 0 0\n/dev/a / ext4 rw 0 0\n", "ext4", id="mounted-over"),
-        pytest.param("/dev/b /boot/grub2 xfs rw 0 0\n/dev/a / ext4 rw 0 0\n", "ext4", id="only-alike"),
-        pytest.param("", "unknown", id="nothing"),
-    ],
-)
-def test_file_system(mounts: str, expected: str) -> None:
-    assert _trial.file_system_of(mounts, "/boot/grub") == expected
 
 
 def test_grub_finds_the_old_file_until_the_journal_is_written_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
