@@ -154,7 +154,7 @@ class ActionModule(reboot.ActionModule):
         """Return what a run would do."""
         looked = self._step("look")
         if self._args["state"] == "absent":
-            return {"changed": bool(looked["traces"]), "outcome": "foreseen"}
+            return {"changed": bool(looked["traces"]), "outcome": "foreseen", "traces": looked["traces"]}
         if looked["right"] and not looked["traces"]:
             return {"changed": False, "outcome": "right"}
         if looked["findings"]:
@@ -167,7 +167,7 @@ class ActionModule(reboot.ActionModule):
         """Take away what is left of a trial."""
         if looked["traces"]:
             self._step("disarm")
-        return {"changed": bool(looked["traces"]), "outcome": "cleared"}
+        return {"changed": bool(looked["traces"]), "outcome": "cleared", "traces": looked["traces"]}
 
     def _work(self, looked: dict[str, Any]) -> dict[str, Any]:
         """Go on from whatever state the host is in."""
