@@ -636,6 +636,15 @@ def test_a_second_loader_gives_way(loader: ModuleType, place: Place) -> None:
     place.load()
 
 
+def test_a_check_turns_no_loader_away(loader: ModuleType, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (place.run / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        # The check ends while the loader waits.
+        monkeypatch.setattr(loader.time, "sleep", lambda _seconds: fcntl.flock(lock, fcntl.LOCK_UN))
+        with loader.exclusive(place.run):
+            assert loader.works(place.run)
+
+
 def test_systemd_hears_how_far_it_is(place: Place, tmp_path: Path) -> None:
     slowed(place)
     address = f"/tmp/llama-weights-{os.getpid()}.sock"

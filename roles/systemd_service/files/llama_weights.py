@@ -47,6 +47,9 @@ HASH_BYTES_PER_S = 1.4e9
 FREE_HASH_BYTES_PER_S = 8e9
 FREE_HASH_S = 1.0
 
+# A check holds the lock for an instant, which must not turn a loader away.
+LOCK_S = 0.5
+
 RECORD = "record.json"
 PROGRESS = "progress.json"
 FETCH_RECORD = ".cpullm-record.json"
@@ -684,14 +687,19 @@ def hashing(plan: Plan, sources: Sequence[Source]) -> tuple[set[str], str]:
 @contextlib.contextmanager
 def exclusive(run: Path) -> Iterator[None]:
     """Hold the store for one loader; raises WeightsError where another one works."""
+    deadline = time.monotonic() + LOCK_S
     with (run / "lock").open("a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise WeightsError(
-                f"{run}: another loader works (process {lock.read().strip()}); wait for it, or stop it"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise WeightsError(
+                        f"{run}: another loader works (process {lock.read().strip()}); wait for it, or stop it"
+                    ) from None
+                time.sleep(0.05)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
