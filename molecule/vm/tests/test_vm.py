@@ -26,6 +26,8 @@ def test_each_socket_s_server_fills_its_own_node(host, socket):
     pid = host.check_output(f"systemctl show --property=MainPID --value llama-server@{socket}")
     maps = host.check_output(f"grep kernelpagesize_kB=1048576 /proc/{pid}/numa_maps")
     assert f"N{1 - socket}=" not in maps
+    # Each from its own store.
+    assert maps.count(f" file=/var/lib/llama-weights/{socket}/") == len(maps.splitlines()) == 3
 
 
 @pytest.mark.parametrize("port", [18008, 18009])
