@@ -8,6 +8,8 @@ and measured again, when something else than the kernels decided it: other proce
 came from the disk or lay in pages of another size or on several nodes. Needs root, for the 1 GiB pages.
 
     python3 -m bench.kernels --stock DIR/bin --patched DIR/bin --model moe.gguf --dense llama.gguf
+
+The 1 GiB pages are reserved and compared first: what lacks of them shows at once, and not after the long comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,8 +58,8 @@ POINTS = (
     Point(0, 64, 0, 2),
     Point(0, 32, 4096, 2),
 )
-# What the size of pages and the dense shape are compared at.
-SHORT = (POINTS[1], POINTS[3])
+# What the sizes of pages are compared at.
+PAGES = tuple(point for point in POINTS if point.threads == 2)
 
 
 @dataclass
@@ -126,8 +128,11 @@ def run_once(
     watch, over = Watch(), threading.Event()
 
     def keep_watch() -> None:
-        while not over.wait(0.2):
+        # Less and less often: the kernel looks at each 4 KiB page, on a CPU that the run has, too.
+        pause = 0.25
+        while not over.wait(pause):
             watch.look(process.pid)
+            pause *= 2
 
     watcher = threading.Thread(target=keep_watch)
     watcher.start()
@@ -171,17 +176,22 @@ def measure(engine: Path, model: Path, point: Point, huge: bool, limits: argpars
 
 
 def compare(
-    name: str, ways: Sequence[tuple[str, Path, bool]], model: Path, points: Sequence[Point], limits: argparse.Namespace
+    name: str,
+    ways: Sequence[tuple[str, Path, bool]],
+    model: Path,
+    points: Sequence[Point],
+    runs: int,
+    limits: argparse.Namespace,
 ) -> dict[str, float]:
     """Return rates of two ways in turn, and the ratios of the second to the first, each with its spread."""
     figures: dict[str, float] = {}
     for point in points:
         rates: dict[str, list[float]] = {way: [] for way, _engine, _huge in ways}
-        for run in range(limits.runs):
+        for run in range(runs):
             for way, engine, huge in ways:
                 rates[way].append(measure(engine, model, point, huge, limits))
             told = ", ".join(f"{way} {values[-1]:.2f}" for way, values in rates.items())
-            print(f"{run + 1}/{limits.runs} {name}{point.name}: {told} tok/s", flush=True)
+            print(f"{run + 1}/{runs} {name}{point.name}: {told} tok/s", flush=True)
         (first, _, _), (second, _, _) = ways
         ratios = [after / before for before, after in zip(rates[first], rates[second], strict=True)]
         figures |= record.spread(f"{name}{point.name}_ratio", ratios)
@@ -220,6 +230,25 @@ def shares(figures: dict[str, float], weights: int, threads: int) -> dict[str, f
     return {share: round(middle, 3), f"{share}_min": round(low, 3), f"{share}_max": round(high, 3)}
 
 
+def table(figures: Mapping[str, float]) -> list[str]:
+    """Return a line for each ratio, with the rates that it came from, and for decode's share of the read bandwidth."""
+
+    def told(name: str, digits: int) -> str:
+        middle, low, high = (f"{figures[name + end]:.{digits}f}" for end in ("", "_min", "_max"))
+        return f"{middle} ({low} to {high})"
+
+    lines = [f"{'':20} {'tok/s':>32} {'tok/s':>32}   ratio"]
+    for ratio in (name for name in figures if name.endswith("_ratio")):
+        name = ratio.removesuffix("_ratio")
+        first, second = ("4k", "1g") if name.startswith("pages_") else ("stock", "patched")
+        rates = " ".join(f"{f'{way} ' + told(f'{name}_{way}', 2):>32}" for way in (first, second))
+        lines.append(f"{name:20} {rates}   {told(ratio, 3)}")
+    for share in (name for name in figures if name.endswith("_share_of_bandwidth")):
+        threads = share.removesuffix("_share_of_bandwidth")[-2:]
+        lines.append(f"{share}: {told(share, 3)} of {told(f'read_bandwidth_{threads}_gbs', 1)} GB/s")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print each run, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
@@ -228,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="a mixture of experts in one file")
     parser.add_argument("--dense", type=Path, help="a dense model in one file")
     parser.add_argument("--runs", type=int, default=5, help="runs of each way that count")
+    parser.add_argument("--runs-beside", type=int, default=3, help="the same for page sizes and the dense model")
     parser.add_argument("--tries", type=int, default=5, help="runs until one must count")
     parser.add_argument("--others", type=float, default=0.1, help="share of the CPUs that others may take in a run")
     parser.add_argument("--faults", type=int, default=100, help="pages that may come from the disk in a run")
@@ -236,31 +266,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     size = options.model.stat().st_size
-    # Weights that come from the disk are no measure.
-    for model in filter(None, (options.model, options.dense)):
-        subprocess.run(["cat", str(model)], stdout=subprocess.DEVNULL, check=True)
     weights = read_per_token(options.model)
     figures: dict[str, float] = {"model_gib": round(size / GIB, 3), "read_per_token_gb": round(weights / 1e9, 3)}
     figures["numa_nodes"] = len(lab_pages.nodes())
+    if not options.no_pages:
+        lab_pages.reserve(-(-size // GIB), OWNER)
+    try:
+        # Weights that come from the disk are no measure.
+        for model in filter(None, (options.model, options.dense)):
+            subprocess.run(["cat", str(model)], stdout=subprocess.DEVNULL, check=True)
+        if not options.no_pages:
+            sizes = [("4k", options.patched, False), ("1g", options.patched, True)]
+            figures |= compare("pages_", sizes, options.model, PAGES, options.runs_beside, options)
+    finally:
+        if not options.no_pages:
+            lab_pages.release(OWNER)
     figures |= bandwidth(options.patched, 1) | bandwidth(options.patched, 2)
-
     both = [("stock", options.stock, False), ("patched", options.patched, False)]
-    figures |= compare("", both, options.model, POINTS, options)
+    figures |= compare("", both, options.model, POINTS, options.runs, options)
     figures |= shares(figures, weights, 1) | shares(figures, weights, 2)
     if options.dense:
-        figures |= compare("dense_", both, options.dense, SHORT, options)
-    if not options.no_pages:
-        sizes = [("4k", options.patched, False), ("1g", options.patched, True)]
-        lab_pages.reserve(-(-size // GIB), OWNER)
-        try:
-            figures |= compare("pages_", sizes, options.model, SHORT, options)
-        finally:
-            lab_pages.release(OWNER)
+        figures |= compare("dense_", both, options.dense, POINTS, options.runs_beside, options)
 
-    for point in POINTS:
-        ratio, low, high = (figures[f"{point.name}_ratio{end}"] for end in ("", "_min", "_max"))
-        print(f"{point.name:14} {ratio:.2f} times stock ({low:.2f} to {high:.2f})")
+    print("\n".join(table(figures)))
     command = ["python3", "-m", "bench.kernels", "--runs", str(options.runs), "--model", options.model.name]
+    command += ["--runs-beside", str(options.runs_beside)] + (["--dense", options.dense.name] if options.dense else [])
     record.keep("kernels", command, figures, options.output)
     return 0
 

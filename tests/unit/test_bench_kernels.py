@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 
-from bench.kernels import Point, Watch, objections, shares
+from bench.kernels import Point, Watch, objections, shares, table
 
 LIMITS = Namespace(others=0.1, faults=100)
 SIZE = 3 << 30
@@ -53,3 +53,20 @@ def test_share_of_bandwidth_spans_the_extremes_of_both() -> None:
         "tg64_t2_share_of_bandwidth_min": 0.6,
         "tg64_t2_share_of_bandwidth_max": 0.978,
     }
+
+
+def test_table_shows_each_ratio_beside_its_rates_and_the_share() -> None:
+    def spread(name: str, middle: float) -> dict[str, float]:
+        return {name: middle, f"{name}_min": middle - 1, f"{name}_max": middle + 1}
+
+    figures = spread("pp512_t2_stock", 90) | spread("pp512_t2_patched", 400) | spread("pp512_t2_ratio", 4.4)
+    figures |= spread("pages_tg64_t2_4k", 50) | spread("pages_tg64_t2_1g", 51) | spread("pages_tg64_t2_ratio", 1.02)
+    figures |= spread("read_bandwidth_t2_gbs", 75) | spread("tg64_t2_share_of_bandwidth", 1.8)
+    _title, prefill, pages, share = table(figures)
+    assert prefill.split() == [
+        *("pp512_t2", "stock", "90.00", "(89.00", "to", "91.00)", "patched", "400.00", "(399.00", "to", "401.00)"),
+        *("4.400", "(3.400", "to", "5.400)"),
+    ]
+    assert pages.split()[:3] == ["pages_tg64_t2", "4k", "50.00"]
+    assert pages.endswith("1g 51.00 (50.00 to 52.00)   1.020 (0.020 to 2.020)")
+    assert share == "tg64_t2_share_of_bandwidth: 1.800 (0.800 to 2.800) of 75.0 (74.0 to 76.0) GB/s"
