@@ -7,16 +7,18 @@ Cold, in turns, the page cache dropped before each: stock mmap, stock ``--load-m
 (each from the server's start to ready, without warm-up), our loader into a store (its whole run, hashes off and on),
 and the raw rate of the same files with O_DIRECT at the same parallelism, into memory that is thrown away.
 
-After a crash: a server on a store is killed and started again, with and without the engine's warm-up; what the disks
-read meanwhile is counted. Needs root, for the page cache, the mount and the pages.
+After a crash: a server on a store is killed and started again, with and without the engine's warm-up, beside the same
+server on the page cache and on anonymous pages; what it read from the disk meanwhile is counted. Needs root, for the
+page cache, the mount and the pages.
 
-    python3 -m bench.load --engine /opt/llama.cpp/current/bin --model a-00001-of-00002.gguf --ready b.gguf c.gguf
+    python3 -m bench.load --engine /opt/llama.cpp/current/bin --model a.gguf --ready b.gguf a.gguf c.gguf
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -34,6 +36,7 @@ from pathlib import Path
 from bench import record
 from bench.load_anonymous import GIB, STOCK, Way, anonymous, drop_page_cache, load_seconds, server, shards_of
 from lab import pages as lab_pages
+from lab.state import LabError
 
 CLONE = Path(__file__).resolve().parent.parent
 LOADER = CLONE / "roles" / "systemd_service" / "files" / "llama_weights.py"
@@ -79,21 +82,48 @@ def raw_seconds(shards: Sequence[Path], threads: int) -> float:
     return seconds
 
 
+def refused(owner: str) -> LabError | None:
+    """Reserve one page of 1 GiB, or return why there is none."""
+    try:
+        lab_pages.reserve(1, owner)
+    except LabError as error:
+        return error
+    return None
+
+
+def gather(pages: int, owner: str, patience_s: float = 300) -> None:
+    """Reserve pages of 1 GiB one by one, and wait where none is whole: what holds memory in pieces comes and goes.
+
+    Raises LabError where they do not come together in time. The caller gives back what there is, in any case.
+    """
+    deadline, found = time.monotonic() + patience_s, 0
+    while found < pages:
+        error = refused(owner)
+        if error is None:
+            found += 1
+        elif time.monotonic() > deadline:
+            raise LabError(f"{found} of {pages} pages of 1 GiB came together in {patience_s:.0f} s: {error}")
+        else:
+            time.sleep(5)
+
+
+@functools.cache
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 class Store:
     """A mounted store, its loader's plan and run-time directory."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, page_bytes: int) -> None:
         """Use a folder that is to hold the mount."""
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.page_bytes = folder, threads, page_bytes
         self.mounted, self.run = folder / "store", folder / "run"
 
     def plan(self, shards: Sequence[Path], hashes: bool) -> None:
         """Write the loader's plan; a hash is made only where one is compared."""
-
-        def sha256(path: Path) -> str:
-            with path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-
         rows = [
             {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path) if hashes else "0" * 64}
             for path in shards
@@ -104,7 +134,7 @@ class Store:
             "store": str(self.mounted),
             "content": "0123456789abcdef",
             "shards": rows,
-            "page_bytes": GIB,
+            "page_bytes": self.page_bytes,
             "nodes": [],
             "hash": hashes,
             "threads": self.threads,
@@ -126,13 +156,14 @@ class Store:
 
 
 @contextlib.contextmanager
-def store(threads: int, pages: int) -> Iterator[Store]:
+def store(threads: int, shards: Sequence[Path], page_bytes: int = GIB) -> Iterator[Store]:
     """Mount a store for a while, its pages free before and after."""
     with tempfile.TemporaryDirectory() as name:
-        it = Store(Path(name), threads)
+        it = Store(Path(name), threads, page_bytes)
         it.mounted.mkdir()
         it.run.mkdir()
-        options = f"pagesize=1G,size={pages}G"
+        size = sum(-(-shard.stat().st_size // page_bytes) for shard in shards) * page_bytes
+        options = f"pagesize={page_bytes >> 20}M,size={size}"
         subprocess.run(["mount", "-t", "hugetlbfs", "-o", options, "hugetlbfs", str(it.mounted)], check=True)
         try:
             yield it
@@ -140,42 +171,55 @@ def store(threads: int, pages: int) -> Iterator[Store]:
             subprocess.run(["umount", str(it.mounted)], check=True)
 
 
-def disk_bytes() -> int:
-    """Return the bytes that all disks have read since the boot (Documentation/admin-guide/iostats.rst)."""
-    rows = [line.split() for line in Path("/proc/diskstats").read_text(encoding="ascii").splitlines()]
-    return sum(int(row[5]) * 512 for row in rows if not row[2].startswith(("loop", "ram", "dm-")))
+def read_bytes(pid: int) -> int:
+    """Return the bytes that a process had the kernel fetch from disks (proc_pid_io(5))."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines())
+    return int(fields["read_bytes"])
 
 
-def ready_seconds(engine: Path, model: Path, arguments: Sequence[str], log: Path) -> float:
-    """Return the seconds from a server's start until it answers; it is killed then, as in a crash."""
+def ready_seconds(engine: Path, model: Path, way: Way, log: Path) -> tuple[float, int]:
+    """Return the seconds from a server's start until it answers, and the bytes that it read from the disk.
+
+    It is killed then, as in a crash.
+    """
     begin = time.monotonic()
-    with server(engine, model, Way("store", tuple(arguments), ()), log) as (process, port):
+    with server(engine, model, way, log) as (process, port):
         while process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 seconds = time.monotonic() - begin
+                read = read_bytes(process.pid)
                 process.kill()
-                return seconds
+                return seconds, read
             time.sleep(0.005)
     raise RuntimeError(f"the server ended\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
 
 
-def cold(engine: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
+def cold(engine: Path, stock: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
     """Return the cold rates of every way, in 10^9 bytes per second."""
     shards = shards_of(first)
-    size, pages = sum(shard.stat().st_size for shard in shards), pages_of(shards)
-    servers = {"stock_mmap": STOCK[0], "stock_dio": STOCK[1], "anonymous": anonymous(threads)}
+    size = sum(shard.stat().st_size for shard in shards)
+    servers = {
+        "stock_mmap": (stock, STOCK[0]),
+        "stock_dio": (stock, STOCK[1]),
+        "anonymous": (engine, anonymous(threads)),
+    }
     names = ("raw", "ours", "ours_hashed", *servers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    # The first touch of the pool's pages does not count, as with other memory (back_memory).
+    with store(threads, shards) as place:
+        place.plan(shards, hashes=False)
+        place.load()
     for run in range(runs):
         for name in names:
             if name == "raw":
                 drop_page_cache()
                 taken = raw_seconds(shards, threads)
             elif name in servers:
-                taken = load_seconds(engine, first, servers[name])
+                build, way = servers[name]
+                taken = load_seconds(build, first, way)
             else:
-                with store(threads, pages) as place:
+                with store(threads, shards) as place:
                     place.plan(shards, hashes=name == "ours_hashed")
                     drop_page_cache()
                     taken = place.load()
@@ -186,55 +230,90 @@ def cold(engine: Path, first: Path, runs: int, threads: int) -> dict[str, float]
         key = "raw_gb_s" if name == "raw" else f"cold_gb_s_{name}"
         figures |= record.spread(key, [size / value / 1e9 for value in values])
     # In turns, so that what the machine does meanwhile hits both sides of each ratio.
-    pairs = zip(seconds["raw"], seconds["ours"], strict=True)
-    figures |= record.spread("ours_of_raw", [raw / ours for raw, ours in pairs])
-    pairs = zip(seconds["stock_mmap"], seconds["ours"], strict=True)
-    return figures | record.spread("ours_of_stock_mmap", [stock / ours for stock, ours in pairs])
+    for name in ("raw", "stock_mmap", "stock_dio"):
+        pairs = zip(seconds[name], seconds["ours"], strict=True)
+        figures |= record.spread(f"ours_of_{name}", [theirs / ours for theirs, ours in pairs])
+    return figures
 
 
 def after_crash(engine: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
-    """Return the seconds until a server on a store answers again, and the bytes that disks read meanwhile."""
+    """Return the seconds until a server on a store answers again after a crash, and the bytes that it read."""
     shards = shards_of(first)
-    name = f"ready_s_{sum(shard.stat().st_size for shard in shards) / GIB:.0f}gib"
-    seconds: dict[str, list[float]] = {name: [], f"{name}_warmup": []}
-    read = []
-    with store(threads, pages_of(shards)) as place:
+    gib = f"{sum(shard.stat().st_size for shard in shards) / GIB:.0f}gib"
+    seconds: dict[str, list[float]] = {}
+    read: list[float] = []
+    with store(threads, shards) as place:
         place.plan(shards, hashes=False)
         place.load()
         log = place.folder / "log"
-        ready_seconds(engine, place.model(first), ["--no-warmup"], log)
+        ways = {
+            f"ready_s_{gib}{end}": Way("store", (*STOCK[0].arguments, word), ())
+            for end, word in (("", "--no-warmup"), ("_warmup", "--warmup"))
+        }
+        # The first start of all brings the program itself from the disk.
+        ready_seconds(engine, place.model(first), ways[f"ready_s_{gib}"], log)
         for run in range(runs):
-            for key, words in ((name, ["--no-warmup"]), (f"{name}_warmup", ["--warmup"])):
-                before = disk_bytes()
-                seconds[key].append(ready_seconds(engine, place.model(first), words, log))
-                read.append(float(disk_bytes() - before))
-                print(f"{run + 1}/{runs} {key}: {seconds[key][-1]:.2f} s, {read[-1]:.0f} bytes read", flush=True)
+            for key, way in ways.items():
+                taken, found = ready_seconds(engine, place.model(first), way, log)
+                seconds.setdefault(key, []).append(taken)
+                read.append(float(found))
+                print(f"{run + 1}/{runs} {key}: {taken:.2f} s, {found} bytes read", flush=True)
     figures: dict[str, float] = {}
     for key, values in seconds.items():
         figures |= record.spread(key, values)
-    return figures | record.spread(f"{name}_read_bytes", read)
+    return figures | record.spread(f"ready_{gib}_read_bytes", read)
+
+
+def others_after_crash(engine: Path, stock: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
+    """Return the seconds until servers without a store answer again, the page cache as a crash leaves it."""
+    shards = shards_of(first)
+    ways = {
+        "stock_mmap": (stock, STOCK[0]),
+        "stock_dio": (stock, STOCK[1]),
+        "anonymous": (engine, anonymous(threads)),
+    }
+    figures: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
+    for shard in shards:
+        subprocess.run(["cat", str(shard)], stdout=subprocess.DEVNULL, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for run in range(runs):
+            for name, (build, way) in ways.items():
+                for end, word in (("", "--no-warmup"), ("_warmup", "--warmup")):
+                    key = f"ready_s_{name}{end}"
+                    asked = Way(way.name, (*way.arguments, word), way.environment)
+                    taken, found = ready_seconds(build, first, asked, Path(folder) / "log")
+                    seconds.setdefault(key, []).append(taken)
+                    print(f"{run + 1}/{runs} {key}: {taken:.2f} s, {found} bytes read", flush=True)
+    for key, values in seconds.items():
+        figures |= record.spread(key, values)
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print each run, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--engine", type=Path, default=Path("/opt/llama.cpp/current/bin"), help="bin directory")
+    parser.add_argument("--stock", type=Path, help="bin directory of a build without patches, by default the same one")
     parser.add_argument("--model", type=Path, required=True, help="first shard of the model for the cold loads")
     parser.add_argument("--ready", type=Path, nargs="*", default=[], help="first shards of models for the crashes")
     parser.add_argument("--runs", type=int, default=5, help="runs of each way")
     parser.add_argument("--threads", type=int, default=8, help="readers")
     parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/load.json")
     options = parser.parse_args(argv)
+    stock = options.stock or options.engine
     most = max(pages_of(shards_of(first)) for first in [options.model, *options.ready])
-    lab_pages.reserve(most, OWNER)
     try:
-        figures = cold(options.engine, options.model, options.runs, options.threads)
+        gather(most, OWNER)
+        figures = cold(options.engine, stock, options.model, options.runs, options.threads)
+        figures |= others_after_crash(options.engine, stock, options.model, max(1, options.runs // 2), options.threads)
         for first in options.ready:
             figures |= after_crash(options.engine, first, options.runs, options.threads)
     finally:
         lab_pages.release(OWNER)
     command = ["python3", "-m", "bench.load", "--runs", str(options.runs), "--threads", str(options.threads)]
-    command += ["--model", options.model.name, "--ready", *(first.name for first in options.ready)]
+    names = [f"{first.parent.name}/{first.name}" for first in [options.model, *options.ready]]
+    command += ["--model", names[0], "--ready", *names[1:]]
     record.keep("load", command, figures, options.output)
     return 0
 

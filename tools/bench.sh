@@ -25,9 +25,10 @@ ansible-playbook -i inventories/local tests/engine/build.yml \
 
 python -m bench.load_anonymous --engine "$engine" --model "$(model bench-2.9-gib --size-gib 2.9 --shards 2)"
 small=$(model bench-0.97-gib --size-gib 0.97)
-middle=$(model bench-5.4-gib --size-gib 5.4 --shards 2)
+middle=$(model bench-moe-5gib --size-gib 5.2)
 large=$(model bench-9.8-gib --size-gib 9.8 --shards 2)
-python -m bench.load --engine "$engine" --model "$middle" --ready "$small" "$middle" "$large"
+python -m bench.load --engine "$engine" --stock "$stock" --model "$middle" --ready "$small" "$middle" "$large"
+python -m bench.pages --engine "$engine" --model "$middle"
 python -m bench.kernels --stock "$stock" --patched "$engine" \
   --model "$(model bench-moe-5gib --size-gib 5.2)" \
   --dense "$(model bench-dense-1gib --size-gib 1.1 --architecture llama)"
