@@ -30,6 +30,8 @@ GIB = 1 << 30
 # Ends the name of a file that is being written, and of one that was replaced while GRUB may still look for it.
 FRESH = ".cpullm-new"
 OLD = ".cpullm-old"
+# Ends the name of a grub.cfg that is being generated; grub-mkconfig writes to the second one first.
+GENERATED = (".cpullm", ".cpullm.new")
 # _IOW('f', 43, __u32), fs/ext4/ext4.h.
 EXT4_IOC_CHECKPOINT = 0x4004662B
 # Runs an argument list; returns its exit status, output and errors.
@@ -573,7 +575,7 @@ def _regenerate(host: Host, change: Change, run: Runner, base: str) -> None:
     if host.mkconfig is None:
         raise ValueError(f"{MKCONFIG[0]} does not exist, so {CONFIG} cannot be generated")
     target = os.path.realpath(base + CONFIG)
-    fresh = target + ".cpullm"
+    fresh = target + GENERATED[0]
     try:
         code, _out, errors = run([base + host.mkconfig, "-o", fresh])
         if code != 0:
@@ -601,5 +603,5 @@ def _regenerate(host: Host, change: Change, run: Runner, base: str) -> None:
             os.close(descriptor)
         replace_for_grub(fresh, target)
     finally:
-        for left in (fresh, fresh + ".new"):
-            remove_durably(left)
+        for ending in GENERATED:
+            remove_durably(target + ending)

@@ -45,6 +45,9 @@ HALVES = (
     CUSTOM + _grub.FRESH,
     CUSTOM + _grub.OLD,
     _grub.CONFIG + _grub.OLD,
+    *(_grub.CONFIG + ending for ending in _grub.GENERATED),
+    _grub.DROP_IN + _grub.FRESH,
+    _grub.RECORD + _grub.FRESH,
 )
 INITRAMFS = "/usr/share/initramfs-tools/init"
 # Seconds until a panicked kernel or Debian's initramfs shell reboots.

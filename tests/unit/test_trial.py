@@ -412,3 +412,15 @@ def test_locks(root: Path) -> None:
     assert _trial.read_lock(str(root)) is None
     _trial.write_lock(None, str(root))
     assert not (root / _trial.LOCK.lstrip("/")).exists()
+
+
+def test_halves_of_a_configuration_go_with_the_rest(root: Path) -> None:
+    before = tree(root)
+    for path in _trial.HALVES:
+        half = Path(f"{root}{path}")
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text("menuentry 'x")
+    seen = _trial.read(str(root))
+    assert {f"{_grub.CONFIG}.cpullm", f"{_grub.CONFIG}.cpullm.new", f"{_grub.DROP_IN}.cpullm-new"} <= set(seen.traces)
+    _trial.disarm(seen, runner(root, []), str(root))
+    assert tree(root) == before
