@@ -16,7 +16,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark
 
 ARGUMENT_SPEC = {
-    "directory": {"type": "str", "required": True},
+    "directory": {"type": "str"},
     "result": {"type": "dict"},
     "settings": {"type": "dict", "default": {}},
 }
@@ -55,14 +55,14 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
         task_vars = task_vars or {}
         _dummy, args = self.validate_argument_spec(argument_spec=ARGUMENT_SPEC)
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        folder = Path(self._loader.path_dwim(args["directory"]))
-        nearest = folder if folder.exists() else folder.parent
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        result["changed"] = False
+        folder = Path(self._loader.path_dwim(args["directory"])) if args["directory"] else None
+        nearest = folder if folder is None or folder.exists() else folder.parent
+        if nearest is not None and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise AnsibleActionFail(
                 f"{host}: benchmark_directory {folder}: found no directory {nearest} on the controller that can be "
                 "written to, expected one. Make it, or name another one"
             )
-        result["changed"] = False
         if args["result"] is None:
             return result
         plan = (task_vars.get("ansible_facts") or {}).get("cpullm_plan")
@@ -72,11 +72,14 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible ships no types
             raise AnsibleActionFail(
                 f"{host}: result: found {error!r}, expected what the program of the role benchmark writes"
             ) from error
+        result["ansible_facts"] = {"cpullm_benchmark": kept}
+        if folder is None:
+            return result
         path = folder / file_name(host, str(kept["date"]))
         if not self._task.check_mode:
             folder.mkdir(exist_ok=True)
             fresh = path.with_name(f".{path.name}.new")
             fresh.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             fresh.replace(path)
-        result.update(changed=True, dest=str(path), ansible_facts={"cpullm_benchmark": kept})
+        result.update(changed=True, dest=str(path))
         return result

@@ -7,8 +7,9 @@ Runs on the host from a copy of this folder's part of the collection, with nothi
 ``measure``  measure, and write the result; an earlier result of the same request that nobody fetched is kept instead
 ``restore``  end what a measurement that was killed has left running, and start what it had stopped
 
-Two variants are measured in turns: each run of the one is followed by the same run of the other. Where memory has no
-room for both, the servers themselves take turns, and the instance is down meanwhile.
+Two variants are measured in turns: each run of the one is followed by the same run of the other, and the next round
+begins with the other one. Where memory has no room for both, the servers themselves take turns, and the instance is
+down meanwhile. A variant may also be another instance that runs already, as an upgrade has it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import signal
 import socket
@@ -36,9 +38,11 @@ from urllib.parse import urlsplit
 
 from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark as bench
 from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark_host as host
+from ansible_collections.cpullm.epyc.plugins.module_utils import _front as front
 
 HOME = Path("/run/cpullm/benchmark")
 UNITS = Path("/run/systemd/system")
+FRONT = Path("/run/haproxy/admin.sock")
 # What is undone by `restore` is written here before it is done.
 STATE = HOME / "state.json"
 PREFIX = "cpullm-benchmark-"
@@ -216,6 +220,37 @@ def allowed_cpus(pid: int) -> tuple[int, ...]:
     raise Refused(f"process {pid} is gone, expected the server")
 
 
+# --- The front ------------------------------------------------------------------------------------------------------
+
+
+def lead(number: int, state: str) -> None:
+    """Have the front send requests to an instance (ready) or hold them (drain); nothing is done where there is none."""
+    command = f"set server llama/i{number} state {state}"
+    try:
+        said = front.ask(str(FRONT), command).strip()
+    except OSError:
+        return
+    if said:
+        raise Refused(f"{FRONT}: HAProxy answers {said!r} to {command!r}, expected nothing. Run site.yml.")
+
+
+@contextlib.contextmanager
+def held(number: int, deadline: float) -> Iterator[None]:
+    """Hold an instance's requests in the front, those in flight ended; raises Refused where they do not end in time."""
+    lead(number, "drain")
+    try:
+        server, _text, _unit = instance(number)
+        while not server.idle(0.5):
+            if time.monotonic() > deadline:
+                raise Refused(
+                    f"{server.unit}: found it still at work for a client, though nothing more was sent to it, expected "
+                    "an idle server. Wait, or let requests wait longer."
+                )
+        yield
+    finally:
+        lead(number, "ready")
+
+
 # --- What is done ---------------------------------------------------------------------------------------------------
 
 
@@ -235,13 +270,18 @@ class Plan:
 
 def is_running(variant: Mapping[str, Any]) -> bool:
     """Return whether a variant is the instance as it runs."""
-    return not (variant.get("binary") or variant.get("arguments") or variant.get("environment"))
+    return not (variant.get("binary") or variant.get("arguments") or variant.get("environment") or runs_as(variant))
+
+
+def runs_as(variant: Mapping[str, Any]) -> int:
+    """Return the number of the other instance that a variant is, or 0."""
+    return int(variant.get("instance") or 0)
 
 
 def look_at(number: int, request: Mapping[str, Any]) -> Plan:
     """Return how an instance can be measured; raises Refused where it cannot."""
     server, text, unit = instance(number)
-    if not server.idle(0.5):
+    if request.get("hold_s") is None and not server.idle(0.5):
         raise Refused(
             f"{server.unit}: found it at work for a client, expected an idle server. Take it out of service, or wait."
         )
@@ -270,7 +310,7 @@ def room_for(server: Server, variants: Sequence[Mapping[str, Any]], downtime: bo
     """Return whether variants run beside each other or in turns, and why; raises Refused where neither may be."""
     held = host.memory(server.pid)
     own_huge = host.anonymous_huge_kib(host.read(f"/proc/{server.pid}/numa_maps"))
-    new = [variant for variant in variants if not is_running(variant)]
+    new = [variant for variant in variants if not is_running(variant) and not runs_as(variant)]
     own = [
         variant
         for variant in new
@@ -318,6 +358,8 @@ class Progress:
     path: Path | None
     total: int
     done: int = 0
+    # No run begins later.
+    deadline: float = math.inf
 
     def tell(self, message: str, phase: str = "measure") -> None:
         """Write the status."""
@@ -423,10 +465,16 @@ def rounds(
     request: Mapping[str, Any],
     progress: Progress,
 ) -> None:
-    """Measure one step on servers in turns, and keep the runs in their measurements; a disturbed one is repeated."""
+    """Measure one step on servers in turns, and keep the runs in their measurements; a disturbed one is repeated.
+
+    Every other round goes the other way, so that what one server leaves behind in the caches hits both. Once clients
+    have waited long enough, no further run begins.
+    """
     for number in numbers:
-        for server, measurement in servers:
+        for server, measurement in servers if number % 2 == 0 else reversed(servers):
             for attempt in range(TRIES):
+                if time.monotonic() > progress.deadline:
+                    return
                 again = f", again ({attempt + 1})" if attempt else ""
                 progress.tell(f"{server.name}: {step.figure}, round {number + 1}{again}")
                 run = once(server, step, number, request)
@@ -612,10 +660,15 @@ def measure_beside(plan: Plan, request: Mapping[str, Any], progress: Progress) -
         pairs = []
         for letter, variant in zip("ab", request["variants"]):
             progress.tell(f"{variant['name']}: load", "load")
-            live = is_running(variant)
-            server = plan.server if live else stack.enter_context(second(plan, variant, letter, request))
-            server.name = str(variant["name"])
             binary = variant.get("binary") or plan.unit.binary
+            if is_running(variant):
+                server = plan.server
+            elif runs_as(variant):
+                server, _text, unit = instance(runs_as(variant))
+                binary = unit.binary
+            else:
+                server = stack.enter_context(second(plan, variant, letter, request))
+            server.name = str(variant["name"])
             measurement = begin(server.name, plan, server, variant, binary)
             measurement["runs"].append({"figure": "load", "round": 0, "value": server.load_s, "reasons": []})
             warm(server, request)
@@ -660,13 +713,26 @@ MEASURES = {"live": measure_live, "beside": measure_beside, "turns": measure_tur
 
 def measure(request: dict[str, Any], status: Path | None) -> dict[str, Any]:
     """Measure every instance of a request; raises Refused."""
+    deadline = math.inf
+    with contextlib.ExitStack() as stack:
+        if request.get("hold_s") is not None:
+            deadline = time.monotonic() + float(request["hold_s"])
+            numbers = [int(number) for number in request["instances"]]
+            keep_state([], numbers)
+            for number in numbers:
+                stack.enter_context(held(number, deadline))
+        return measure_until(deadline, request, status)
+
+
+def measure_until(deadline: float, request: dict[str, Any], status: Path | None) -> dict[str, Any]:
+    """Measure every instance of a request, with no run that begins after the deadline; raises Refused."""
     plans = [look_at(int(number), request) for number in request["instances"]]
     sides = max(1, len(request["variants"]))
     times = {"live": 1, "beside": 1, "turns": request["turns"]}
     total = sum(step.cost * request["repeats"] * sides * times[plan.mode] for plan in plans for step in plan.steps)
-    progress = Progress(status, total)
+    progress = Progress(status, total, deadline=deadline)
     measurements: list[dict[str, Any]] = []
-    keep_state(plans)
+    keep_state(plans, request["instances"] if request.get("hold_s") is not None else [])
     progress.tell("warming up", "begin")
     for plan in plans:
         measurements += MEASURES[plan.mode](plan, request, progress)
@@ -680,23 +746,24 @@ def measure(request: dict[str, Any], status: Path | None) -> dict[str, Any]:
     }
 
 
-def keep_state(plans: Sequence[Plan]) -> None:
+def keep_state(plans: Sequence[Plan], numbers: Sequence[int]) -> None:
     """Write what `restore` has to undo."""
     state = {
         "units": [f"{PREFIX}{letter}.service" for letter in "ab"],
         "stopped": [plan.server.unit for plan in plans if plan.mode == "turns"],
+        "held": [int(number) for number in numbers],
     }
     HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
     STATE.write_text(json.dumps(state), encoding="ascii")
 
 
 def restore() -> list[str]:
-    """End second servers that run, and start instances that were stopped; return what was done."""
+    """End second servers, start instances that were stopped, send held requests on; return what was done."""
     done = []
     try:
         state = json.loads(STATE.read_text(encoding="ascii"))
     except (OSError, ValueError):
-        state = {"units": [], "stopped": []}
+        state = {"units": [], "stopped": [], "held": []}
     for unit in state["units"]:
         if (UNITS / unit).exists():
             end_unit(unit)
@@ -705,6 +772,9 @@ def restore() -> list[str]:
         if show(unit).get("ActiveState") in ("inactive", "failed"):
             systemctl("start", "--no-block", unit)
             done.append(f"started {unit}")
+    for number in state.get("held", []):
+        lead(number, "ready")
+        done.append(f"sent requests to instance {number} again")
     STATE.unlink(missing_ok=True)
     return done
 

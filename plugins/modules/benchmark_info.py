@@ -23,7 +23,7 @@ options:
   variants:
     description:
       - None, or the two to compare. Each has a C(name), and may have C(binary), C(arguments) and C(environment); one
-        without these is the instance as it runs.
+        without these is the instance as it runs. C(instance) names another instance that runs already.
     type: list
     elements: dict
     default: []
@@ -49,6 +49,9 @@ options:
     description: Whether an instance may stop.
     type: bool
     default: false
+  hold_s:
+    description: Seconds that the front is to hold requests. A server may be at work then.
+    type: int
 attributes:
   check_mode:
     description: Can run in check mode and return the same.
@@ -125,6 +128,7 @@ def main() -> None:
             "tokens": {"type": "int", "required": True, "no_log": False},
             "repeats": {"type": "int", "required": True},
             "downtime_allowed": {"type": "bool", "default": False},
+            "hold_s": {"type": "int"},
         },
         supports_check_mode=True,
     )

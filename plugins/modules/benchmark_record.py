@@ -15,9 +15,10 @@ description:
   - Runs on the controller alone.
 options:
   directory:
-    description: Where the file goes. It is made where only the directory above it is there.
+    description:
+      - Where the file goes. It is made where only the directory above it is there.
+      - Without it no file is written, and the fact is set all the same.
     type: path
-    required: true
   result:
     description: What the program wrote. Without it the directory is looked for and nothing is written.
     type: dict
@@ -46,7 +47,7 @@ RETURN = r"""
 dest:
   description: The file.
   type: str
-  returned: when O(result) is given
+  returned: when O(directory) and O(result) are given
 ansible_facts:
   description: The file's content as the fact C(cpullm_benchmark).
   type: dict
