@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One real host: upgraded, rolled back, killed and given a bad build while clients ask it without a pause.
 
-Needs root, a page of 1 GiB and an engine in the cache; a second engine is built once, of the same source.
+Needs root, pages of 1 GiB (conftest.py) and an engine in the cache; a second engine is built once, of the same source.
 Run: pytest -m lab tests/acceptance/test_upgrade.py
 """
 
@@ -13,22 +13,17 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import yaml
 
-CLONE = Path(__file__).resolve().parents[2]
-HOST = "test-upgrade"
+from tests.support.store_host import CLONE, SERVER, STORE_HOST, WEIGHTS, StoreHost
+
 # Another build of the same source: an option that no code reads changes the id. It is the fleet scenario's, so that the
 # two share what is in the caches.
 OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_FLEET_TEST": "ON"}}'
-SERVER = "llama-server@0.service"
 
 pytestmark = [pytest.mark.lab, pytest.mark.faults]
 
@@ -65,81 +60,42 @@ Path("/run/clients.json").write_text(json.dumps(result))
 """
 
 
-def run(argv: list[str], **named: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command in the clone, with its output."""
-    return subprocess.run(argv, cwd=CLONE, capture_output=True, text=True, check=False, **named)
-
-
 def on_host(script: str, check: bool = True, data: str | None = None) -> str:
     """Return what a script prints on the host."""
-    stdin = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
-    done = run([sys.executable, "-m", "lab", "ssh", HOST, "--", script], **stdin)
-    assert done.returncode == 0 or not check, f"{script}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout.strip()
+    return StoreHost.ssh_to(STORE_HOST, script, check=check, text=data)
 
 
 @dataclass
 class Place:
-    """What the tests share: the host's inventory, and how Ansible runs."""
+    """The host that all tests share, and how playbooks run against it."""
 
-    path: Path
-    inventory: Path
-    environment: dict[str, str] = field(default_factory=dict)
+    host: StoreHost
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return what playbooks run with."""
+        return self.host.environment
 
     def argv(self, playbook: str, *words: str) -> list[str]:
         """Return the command of a playbook on the host."""
-        return ["ansible-playbook", playbook, "--inventory=inventories/lab", f"--inventory={self.inventory}", *words]
+        return self.host.argv(playbook, *words)
 
     def play(self, playbook: str, *words: str, status: int = 0) -> str:
         """Return the output of a playbook that ends as expected."""
-        done = run(self.argv(playbook, *words), env=self.environment, timeout=1500)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        return self.host.play(playbook, *words, status=status)
 
 
 def changed(output: str) -> int:
     """Return the changes on the host, of a run's recap."""
-    found = re.search(rf"^{HOST} +: .*?changed=(\d+)", output, re.MULTILINE)
+    found = re.search(rf"^{STORE_HOST} +: .*?changed=(\d+)", output, re.MULTILINE)
     assert found, output
     return int(found[1])
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Start the host with the trained model, and bring it into service; removed again at the end."""
-    path = tmp_path_factory.mktemp("upgrade")
-    lab = [sys.executable, "-m", "lab"]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg"),
-        "ANSIBLE_NOCOLOR": "1",
-        "COLUMNS": "1000",
-        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(path / "cp"),
-    }
-    hub = [sys.executable, "molecule/resources/hub.py"]
-    try:
-        started = run([*hub, "start", str(path), "--merged"], env=environment)
-        assert started.returncode == 0, started.stdout + started.stderr
-        up = run([*lab, "up", HOST, "--kind", "container", "--pages", "1"])
-        assert up.returncode == 0, up.stderr
-        listing = yaml.safe_load(run([*lab, "inventory", HOST]).stdout)
-        listing["all"]["vars"] = {
-            "host_plan_lock": str(path / "recite.lock.json"),
-            "model_fetch_endpoint": (path / "hub.url").read_text(),
-            "systemd_service_verify_prompt": "When in the Course of human events,",
-            "systemd_service_verify_expect": "it becomes necessary",
-            "report_file": None,
-        }
-        inventory = path / "hosts.yml"
-        inventory.write_text(yaml.safe_dump(listing))
-        place = Place(path, inventory, environment)
-        place.play("site.yml")
-        yield place
-    finally:
-        run([*hub, "stop", str(path)])
-        if not os.environ.get("KEEP"):
-            run([*lab, "down", HOST])
+def place(host: StoreHost) -> Place:
+    """The host that recites from a store of 1 GiB pages."""
+    return Place(host)
 
 
 class Clients:
@@ -157,7 +113,7 @@ class Clients:
 
     def check(self, failures: int = 0) -> None:
         """See that they asked, that every answer was right, and that no more requests failed than allowed."""
-        assert self.saw["asked"] > 3, self.saw
+        assert self.saw["asked"] >= 3, self.saw
         assert self.saw["wrong"] == [], self.saw
         assert len(self.saw["failed"]) <= failures, self.saw
 
@@ -181,16 +137,18 @@ def beside() -> str:
 
 
 def test_an_upgrade_fails_no_request_and_the_site_leaves_it_alone(place: Place) -> None:
-    before = current()
+    before, loaded = current(), place.host.show(WEIGHTS, "InvocationID")
     with Clients() as clients:
         place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
     clients.check()
     assert serving() == current() != before
+    assert place.host.show(WEIGHTS, "InvocationID") == loaded, "nothing was read from the disk"
+    assert place.host.recites("opening", "truths")["ok"]
     assert beside() == ""
     # The inventory still names the build before.
     site = place.play("site.yml")
     assert changed(site) == 0, site
-    assert f"{HOST} stays with its build {current()}; the variables llamacpp_build_* name {before}" in " ".join(
+    assert f"{STORE_HOST} stays with its build {current()}; the variables llamacpp_build_* name {before}" in " ".join(
         site.split()
     )
     assert serving() == current() != before
@@ -201,19 +159,20 @@ def test_an_upgrade_fails_no_request_and_the_site_leaves_it_alone(place: Place) 
 def test_a_killed_server_fails_what_it_had_and_nothing_else(place: Place) -> None:
     with Clients() as clients:
         for _ in range(2):
-            on_host(f"systemctl kill --signal=KILL {SERVER}")
-            on_host("timeout 60 sh -c 'until curl --silent --fail 127.0.0.1:8008/health; do sleep 0.1; done'")
-            time.sleep(2)
+            assert place.host.kill_server()
+            time.sleep(1)
     # One slot: at most one request is in flight at each kill.
     clients.check(failures=2)
 
 
 def test_a_rollback_fails_no_request(place: Place) -> None:
-    before = current()
+    before, loaded = current(), place.host.show(WEIGHTS, "InvocationID")
     with Clients() as clients:
         place.play("playbooks/rollback.yml")
     clients.check()
     assert serving() == current() != before
+    assert place.host.show(WEIGHTS, "InvocationID") == loaded, "nothing was read from the disk"
+    assert place.host.recites("opening", "truths")["ok"]
     unknown = place.play("playbooks/rollback.yml", "--extra-vars=rollback_build_id=no-such-build", status=2)
     assert f"found the complete builds {before}, {current()}" in " ".join(unknown.split()) or before in unknown
 

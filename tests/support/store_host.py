@@ -12,50 +12,103 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab import ssh, state
+
+# The host that the acceptance tests share.
+STORE_HOST = os.environ.get("STORE_HOST", "test-store")
 CLONE = Path(__file__).resolve().parents[2]
 MODEL = CLONE / "tests" / "models" / "recite"
+# A request, and its right answer.
+CASE = json.loads((MODEL / "reference.json").read_text(encoding="utf-8"))["chat"]
 STORE = "/var/lib/llama-weights/0"
 RUN = "/run/llama-weights/0"
 PLAN = "/etc/llama-weights/0.json"
 LOADER = "/usr/local/lib/llama-server/llama_weights.py"
 SERVER, WEIGHTS = "llama-server@0.service", "llama-weights@0.service"
 
-# Kills the loader after so many seconds, counted on the host itself: an ssh connection takes longer than a load.
-KILL_AFTER = """
-import subprocess, sys, time
+# How long a whole load takes, counted on the host itself.
+LOAD = """
+import subprocess, time
 subprocess.run(["systemctl", "stop", "llama-weights@0.service"], check=True)
 open("/run/llama-weights/0/record.json", "w").close()
 subprocess.run(["systemctl", "reset-failed"], check=True)
-subprocess.run(["systemctl", "start", "--no-block", "llama-server@0.service"], check=True)
-time.sleep(float(sys.argv[1]))
-done = subprocess.run(["systemctl", "kill", "--kill-whom=main", "--signal=KILL", "llama-weights@0.service"],
-                      capture_output=True, check=False)
-shown = subprocess.run(["systemctl", "show", "--property=ActiveState", "--value", "llama-weights@0.service"],
-                       capture_output=True, text=True, check=True).stdout.strip()
-print(done.returncode, shown)
+begin = time.monotonic()
+subprocess.run(["systemctl", "start", "llama-weights@0.service"], check=True)
+print(time.monotonic() - begin)
 """
 
-# Asks for the opening again and again, and prints a line for each answer: right, wrong or none.
+# Asks for the opening again and again, and prints a JSON list for each answer: right, wrong or none, and what came.
 CLIENT = """
-import json, sys, time, urllib.request
+import http.client, json, sys, time, urllib.request
 case, end = json.loads(sys.argv[1]), time.monotonic() + float(sys.argv[2])
 while time.monotonic() < end:
     request = urllib.request.Request("http://127.0.0.1:8008/v1/chat/completions", json.dumps(case["request"]).encode(),
                                      {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             said = json.load(answer)["choices"][0]["message"]["content"]
-        print("right" if said == case["content"] else "wrong", flush=True)
-    except (OSError, ValueError, KeyError):
-        print("none", flush=True)
+        told = ["right" if said == case["content"] else "wrong", said]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        told = ["none", repr(error)]
         time.sleep(0.05)
+    print(json.dumps(told), flush=True)
 """
+
+
+@dataclass
+class Answers:
+    """What a client was told, in order: right, wrong or none, and the text or the error."""
+
+    told: list[tuple[str, str]]
+
+    def texts(self, kind: str) -> list[str]:
+        """Return what came as answers of a kind."""
+        return [said for found, said in self.told if found == kind]
+
+    def summary(self) -> str:
+        """Return the counts, what was wrong, and the different errors."""
+        counts = ", ".join(f"{len(self.texts(kind))} {kind}" for kind in ("right", "wrong", "none"))
+        return f"{counts}; wrong: {self.texts('wrong')}; none: {sorted(set(self.texts('none')))}"
+
+
+class Client:
+    """A client on the host that asks for the opening again and again, until it is stopped."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        """Take the process that runs it."""
+        self._process = process
+        self._told: list[tuple[str, str]] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout or ():
+            # The last one may be cut.
+            with contextlib.suppress(ValueError):
+                kind, said = json.loads(line)
+                self._told.append((str(kind), str(said)))
+
+    def hear(self, timeout_s: float = 120) -> None:
+        """Return once another right answer came: how long that takes depends on what else the machine does."""
+        deadline, begin = time.monotonic() + timeout_s, len(self._told)
+        while all(kind != "right" for kind, _said in self._told[begin:]):
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise RuntimeError(f"no right answer in {timeout_s} s: {Answers(self._told).summary()}")
+            time.sleep(0.05)
+
+    def stop(self) -> Answers:
+        """End it and return what it was told."""
+        self._process.terminate()
+        self._reader.join()
+        self._process.wait()
+        return Answers(self._told)
 
 
 def run(argv: list[str], **named: Any) -> subprocess.CompletedProcess[str]:
@@ -71,41 +124,72 @@ class StoreHost:
     folder: Path
     pages: int
 
-    def ssh(self, script: str, check: bool = True, text: str | None = None) -> str:
-        """Return what a script prints on the host."""
+    def command(self, script: str) -> list[str]:
+        """Return the command that runs a script on the host: ssh itself, so that ending it ends the connection."""
+        return ssh.argv(state.need_host(self.name), [script])
+
+    @staticmethod
+    def ssh_to(name: str, script: str, check: bool = True, text: str | None = None) -> str:
+        """Return what a script prints on a host of that name."""
         named: dict[str, Any] = {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
-        done = run([sys.executable, "-m", "lab", "ssh", self.name, "--", script], **named)
+        done = run(ssh.argv(state.need_host(name), [script]), **named)
         if check and done.returncode != 0:
             raise RuntimeError(f"{script}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout.strip()
+
+    def ssh(self, script: str, check: bool = True, text: str | None = None) -> str:
+        """Return what a script prints on the host."""
+        return self.ssh_to(self.name, script, check, text)
 
     def python(self, code: str, *words: str, check: bool = True) -> str:
         """Return what a Python program prints on the host."""
         quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
         return self.ssh(f"python3 - {quoted}", check=check, text=code)
 
-    def site(self, *words: str, playbook: str = "site.yml") -> subprocess.CompletedProcess[str]:
-        """Run a playbook against the host, as an operator does."""
+    def argv(self, playbook: str, *words: str) -> list[str]:
+        """Return the command with which an operator runs a playbook against the host."""
         variables = {
             "host_plan_lock": str(self.folder / "recite.lock.json"),
             "model_fetch_endpoint": (self.folder / "hub.url").read_text().strip(),
             "systemd_service_verify_prompt": "When in the Course of human events,",
             "systemd_service_verify_expect": "it becomes necessary",
+            # A thread that waits for another one waits for the scheduler, where tests share the cores with VMs.
+            "systemd_service_extra_arguments": ["--threads", "1", "--threads-batch", "1"],
+            # What a toy takes milliseconds for says little of a build's speed.
+            "systemd_service_upgrade_tolerance": 0.5,
+            "benchmark_other_load": 1.0,
             "report_file": None,
         }
-        (self.folder / "inventory.yml").write_text(
-            run([sys.executable, "-m", "lab", "inventory", self.name]).stdout, encoding="utf-8"
-        )
-        inventories = ["--inventory=inventories/lab", f"--inventory={self.folder / 'inventory.yml'}"]
+        inventory = self.folder / "inventory.yml"
+        if not inventory.exists():
+            inventory.write_text(run([sys.executable, "-m", "lab", "inventory", self.name]).stdout, encoding="utf-8")
+            group = self.folder / "group_vars"
+            group.mkdir()
+            # Not as extra variables, which would win over those of a test.
+            (group / "all.json").write_text(json.dumps(variables), encoding="utf-8")
         program = str(Path(sys.executable).parent / "ansible-playbook")
-        argv = [program, playbook, *inventories, f"--extra-vars={json.dumps(variables)}", *words]
-        environment = {
+        return [program, playbook, "--inventory=inventories/lab", f"--inventory={inventory}", *words]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return what playbooks run with."""
+        return {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg"),
             "ANSIBLE_NOCOLOR": "1",
+            "COLUMNS": "1000",
         }
-        return run(argv, env=environment)
+
+    def site(self, *words: str, playbook: str = "site.yml") -> subprocess.CompletedProcess[str]:
+        """Run a playbook against the host, as an operator does."""
+        return run(self.argv(playbook, *words), env=self.environment)
+
+    def play(self, playbook: str, *words: str, status: int = 0) -> str:
+        """Return what a playbook prints that ends as expected."""
+        done = self.site(*words, playbook=playbook)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     def show(self, unit: str, name: str) -> str:
         """Return a property of a unit."""
@@ -140,29 +224,53 @@ class StoreHost:
             time.sleep(0.3)
         return False
 
-    def kill_loader(self, after_s: float) -> str:
-        """Begin a whole load and kill the loader after so many seconds; returns the state of its unit then."""
-        return self.python(KILL_AFTER, str(after_s)).split()[-1]
+    def restarted(self, before: str, timeout_s: float = 60) -> bool:
+        """Return whether the server was started anew since that invocation, and answers, before the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while self.show(SERVER, "InvocationID") in ("", before):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return self.serves(deadline - time.monotonic())
+
+    def kill_server(self, timeout_s: float = 60) -> bool:
+        """Kill the server as a crash would end it; returns whether it answers again without anybody's help."""
+        before = self.show(SERVER, "InvocationID")
+        # What stops a crash loop must not stop the tests.
+        self.ssh(f"systemctl reset-failed; systemctl kill --kill-whom=main --signal=KILL {SERVER}")
+        return self.restarted(before, timeout_s)
+
+    def faults(self, what: str, seconds: Sequence[float]) -> list[dict[str, Any]]:
+        """Return what comes of kills on the host, see store_faults.py."""
+        code = (Path(__file__).parent / "store_faults.py").read_text(encoding="utf-8")
+        told = self.python(code, what, json.dumps(CASE), *map(str, seconds))
+        return [json.loads(line) for line in told.splitlines()]
+
+    def load_seconds(self) -> float:
+        """Load everything anew and return the seconds from the start of the loader's unit to its end."""
+        return float(self.python(LOAD).split()[-1])
 
     def reload(self) -> subprocess.CompletedProcess[str]:
         """Forget what is complete and start the loader, waiting for its end."""
         script = f"systemctl stop {WEIGHTS}; echo '{{}}' > {RUN}/record.json; systemctl reset-failed"
         script += f"; systemctl start {WEIGHTS}"
-        return run([sys.executable, "-m", "lab", "ssh", self.name, "--", script], stdin=subprocess.DEVNULL)
+        return run(self.command(script), stdin=subprocess.DEVNULL)
 
     @contextlib.contextmanager
-    def client(self, seconds: float) -> Iterator[subprocess.Popen[str]]:
-        """Have a client on the host ask for the whole time; its output has a word for each answer."""
-        case = json.dumps(json.loads((MODEL / "reference.json").read_text(encoding="utf-8"))["chat"])
-        quoted = case.replace("'", "'\\''")
-        argv = [sys.executable, "-m", "lab", "ssh", self.name, "--", f"python3 - '{quoted}' {seconds}"]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(argv, cwd=CLONE, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    def client(self, seconds: float) -> Iterator[Client]:
+        """Have a client on the host ask until it is stopped, or for so many seconds."""
+        quoted = json.dumps(CASE).replace("'", "'\\''")
+        argv, pipe = self.command(f"python3 - '{quoted}' {seconds}"), subprocess.PIPE
+        with subprocess.Popen(argv, cwd=CLONE, stdin=pipe, stdout=pipe, text=True) as process:
             assert process.stdin
             process.stdin.write(CLIENT)
             process.stdin.close()
             process.stdin = None
-            yield process
+            it = Client(process)
+            try:
+                yield it
+            finally:
+                it.stop()
 
     @contextlib.contextmanager
     def blocker(self, pages: int) -> Iterator[None]:
