@@ -100,7 +100,8 @@ def kill_servers(host: StoreHost, state: State, count: int) -> None:
         wrong_tokens=kinds.count("wrong"),
         dropped_answers=kinds.count("none"),
     )
-    say(f"servers {state.data['server_kills']}: {kinds.count('right')} right, {kinds.count('none')} dropped answers")
+    errors = sorted({said for kind, said in answers["told"] if kind == "none"})
+    say(f"servers {state.data['server_kills']}: {kinds.count('right')} right, {kinds.count('none')} dropped: {errors}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
