@@ -18,8 +18,8 @@ version_added: "1.0.0"
 description:
   - Compares two measurements of the role C(benchmark), that of the running build and that of a candidate, figure by
     figure, and says whether the candidate may be kept.
-  - Refused is a candidate of which the median ratio of a speed (prefill, decode, batch) is below 1 less the tolerance.
-    Disturbed runs never count.
+  - Refused is a candidate of which the median ratio of a speed (prefill, decode, batch) is below 1 less the tolerance,
+    and that was faster in no round. Disturbed runs never count.
 options:
   _input:
     description: The measurement of the running build, an entry of C(measurements) of a result.
@@ -53,7 +53,8 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - C(decision) is V(kept), V(refused), or V(unknown) where no speed was measured of both.
+    - C(decision) is V(kept), V(refused), or V(unknown) where no speed was measured of both, or the rounds
+      do not agree.
     - C(summary) says why, with the numbers. C(ratios) lists each figure with both medians and the ratio's spread.
   type: dict
 """

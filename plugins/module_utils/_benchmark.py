@@ -186,8 +186,9 @@ def verdict(
 ) -> Verdict:
     """Return whether a candidate may take the running build's place.
 
-    It may where the median ratio of none of its speeds is below ``1 - tolerance`` (0.05 lets a twentieth go). Loads do
-    not count. ``unknown`` is no yes: the caller decides what to do where no speed has a run on both sides that counts.
+    It may where the median ratio of none of its speeds is below ``1 - tolerance`` (0.05 lets a twentieth go). Where it
+    is, but the candidate was faster in one round, the machine was too restless to tell. Loads do not count. ``unknown``
+    is no yes: the caller decides what to do where that is so, or no speed has a run on both sides that counts.
     """
     rows = tuple(row for row in ratios(running, candidate, interleaved) if row.figure.startswith(SPEEDS))
     if not rows:
@@ -201,11 +202,15 @@ def verdict(
         return Verdict("unknown", f"no speed was measured of both builds{why}", rows)
     told = {row.figure: _in_words(row) for row in rows}
     slower = [row.figure for row in rows if row.ratio.median < 1 - tolerance]
-    if slower:
+    sure = [row.figure for row in rows if row.figure in slower and row.ratio.most < 1]
+    if sure:
         summary = f"slower than the running build by more than {tolerance:.1%}: " + "; ".join(
-            told[figure] for figure in slower
+            told[figure] for figure in sure
         )
         return Verdict("refused", summary, rows)
+    if slower:
+        summary = f"the rounds do not agree, some were slower by more than {tolerance:.1%} and some faster: "
+        return Verdict("unknown", summary + "; ".join(told.values()), rows)
     return Verdict("kept", f"within {tolerance:.1%} of the running build or faster: {'; '.join(told.values())}", rows)
 
 

@@ -64,6 +64,7 @@ def test_measurements_of_two_days_are_compared_each_with_each():
         pytest.param((8, 8), (7.7, 7.7), "kept", "within 5.0%", id="within-the-tolerance"),
         pytest.param((8, 8), (7.2, 7.2), "refused", "by more than 5.0%: decode_d0 8.00 to 7.20", id="slower"),
         pytest.param((8, 8, 8), (4.0, 8, 8), "kept", "(1.000, 0.500 to 1.000)", id="one-outlier-decides-nothing"),
+        pytest.param((8, 8, 8), (6, 7, 9), "unknown", "the rounds do not agree", id="restless-machine"),
         pytest.param((), (8,), "unknown", "no speed was measured of both", id="nothing-before"),
     ],
 )
