@@ -27,6 +27,12 @@ OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_FLEET_TEST": "ON"}}'
 
 pytestmark = [pytest.mark.lab, pytest.mark.faults]
 
+# The process that becomes the server has the number of this shell.
+SLOW = """#!/bin/sh
+(while kill -STOP $$; do sleep 0.2; kill -CONT $$; sleep 0.02; done) &
+exec "$0.fast" "$@"
+"""
+
 # Three at once on one slot, so that two always wait in the front.
 CLIENT = """
 import json, threading, time, urllib.error, urllib.request
@@ -188,6 +194,56 @@ def test_a_build_that_answers_wrong_is_left_again(place: Place) -> None:
     assert "stays as it is, and served all the time" in said
     assert serving() == current() == before
     assert beside() == ""
+
+
+def slow_down(build: str) -> None:
+    """Have an installed build stand still nine tenths of the time, however busy the machine is."""
+    on_host(
+        f"cd /opt/llama.cpp/{build} && mv bin/llama-server bin/llama-server.fast &&"
+        " cat > bin/llama-server && chmod 0755 bin/llama-server &&"
+        """ python3 -c "
+import hashlib, json
+record = json.load(open('BUILD.json'))
+for entry in record['files']:
+    if entry['path'] == 'bin/llama-server':
+        data = open(entry['path'], 'rb').read()
+        entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+json.dump(record, open('BUILD.json', 'w'))" """,
+        data=SLOW,
+    )
+
+
+def test_a_slower_build_is_not_kept_unless_that_is_asked_for(place: Place) -> None:
+    """Right answers, slowly: left again with the numbers, while clients wait at most for the measurement."""
+    before = current()
+    kept = " ".join(place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}").split())
+    # The same code: kept, or no judgement where the machine is too restless for one.
+    assert re.search(r"(running build or faster|and some faster): prefill_512 [\d.]+ to [\d.]+ \(", kept), kept
+    other = current()
+    rolled = place.play("playbooks/rollback.yml")
+    assert "Measure | " not in rolled
+    assert serving() == current() == before
+    slow_down(other)
+    try:
+        with Clients() as clients:
+            said = " ".join(place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", status=2).split())
+        clients.check()
+        assert "stays as it is, and served all the time" in said
+        assert re.search(
+            r"slower than the running build by more than 50\.0%: .*decode_d0 [\d.]+ to [\d.]+ \(0\.", said
+        ), said
+        assert "systemd_service_upgrade_tolerance (0.5)" in said
+        assert serving() == current() == before
+        assert beside() == ""
+        wrong = place.play("playbooks/upgrade.yml", "--extra-vars=systemd_service_upgrade_tolerance=5", status=2)
+        assert "systemd_service_upgrade_tolerance is 5" in " ".join(wrong.split())
+        opted = '{"systemd_service_upgrade_tolerance": null}'
+        out = place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars={opted}")
+        assert "Measure | " not in out
+        assert serving() == current() == other
+    finally:
+        place.play("playbooks/rollback.yml", f"--extra-vars=rollback_build_id={before}")
+        on_host(f"rm -rf /opt/llama.cpp/{other}")
 
 
 def test_a_build_that_does_not_start_is_left_again_where_the_old_one_had_to_stop(place: Place) -> None:
