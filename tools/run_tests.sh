@@ -69,7 +69,7 @@ vms() {
   scenarios --files-with-matches
 }
 
-# Hosts that are broken on purpose: their boots, stores and upgrades. Longer than CI has, and not part of `all`.
+# Hosts that are broken on purpose: their boots, pages and upgrades. Longer than CI has, and not part of `all`.
 faults() {
   python -m pytest -q tests/acceptance -m faults
 }

@@ -25,7 +25,7 @@ from tests.support.store_host import CLONE, SERVER, STORE_HOST, WEIGHTS, StoreHo
 # two share what is in the caches.
 OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_FLEET_TEST": "ON"}}'
 
-pytestmark = [pytest.mark.lab, pytest.mark.faults]
+pytestmark = pytest.mark.lab
 
 # The process that becomes the server has the number of this shell.
 SLOW = """#!/bin/sh
@@ -272,6 +272,7 @@ json.dump(record, open('BUILD.json', 'w'))" """
     on_host(f"rm -r /opt/llama.cpp/{broken}")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "moment",
     ["Start llama-server@100", "Let requests in flight end", "Start llama-server@0", "Let the build beside finish"],

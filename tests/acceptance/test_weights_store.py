@@ -26,7 +26,7 @@ KILLS = 5
 # Outside of a load a store is read-only, for root as well.
 WRITABLE = f"mount -o remount,bind,rw {STORE}"
 
-pytestmark = [pytest.mark.lab, pytest.mark.faults]
+pytestmark = pytest.mark.lab
 
 
 @pytest.fixture(autouse=True)
