@@ -37,7 +37,7 @@ def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory, faulty_disk: tuple[Path, Path]) -> Iterator[StoreHost]:
-    """The host; STORE_HOST names it. STORE_MERGED=1 makes its model one file: one page instead of three."""
-    merged, folder = os.environ.get("STORE_MERGED") == "1", tmp_path_factory.mktemp("store")
+    """The host; STORE_HOST names it. Its model is one file, in one page; with STORE_MERGED=0 it is three."""
+    merged, folder = os.environ.get("STORE_MERGED") != "0", tmp_path_factory.mktemp("store")
     with store_host(STORE_HOST, folder, merged=merged, binds=(f"{faulty_disk[1]}:/mnt/faulty",)) as it:
         yield it

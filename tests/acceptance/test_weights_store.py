@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The store of weights on one real host, and what goes wrong with it: never a wrong token, always a way back.
 
-Needs root, three pages of 1 GiB (one with STORE_MERGED=1: the model as one file) and an engine in the cache.
+Needs root, a page of 1 GiB (three with STORE_MERGED=0: the model in its three files) and an engine in the cache.
 Run: pytest -m lab tests/acceptance/test_weights_store.py
 """
 
