@@ -77,9 +77,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def _retry_after(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header, or None; its date form is rare and treated as absent."""
-    if value is None or not re.fullmatch(r"\d{1,6}", value.strip()):
-        return None
-    return float(value)
+    match = re.fullmatch(r"[ \t]*([0-9]{1,6})[ \t]*", value or "")
+    return float(match[1]) if match else None
 
 
 class Hub:
