@@ -60,6 +60,10 @@ results: ## Show the kept results
 soak-weights: setup ## Kill loaders and servers again and again: SOAK= for its options; goes on where it was stopped
 	@python tools/soak_weights.py $(SOAK)
 
+.PHONY: soak-boot
+soak-boot: setup ## Break the boots of a VM again and again: SOAK= for its options; goes on where it was stopped
+	@python tools/soak_boot.py $(SOAK)
+
 .PHONY: fuzz
 fuzz: setup ## Look for inputs that break a parser: FUZZ_SECONDS=600 FUZZ_TARGET= FUZZ_JOBS=1 FUZZ_KEEP=
 	@PYTHONPATH=.collections tools/fuzz.sh --seconds $(or $(FUZZ_SECONDS),600) --jobs $(or $(FUZZ_JOBS),1) \
