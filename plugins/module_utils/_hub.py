@@ -72,6 +72,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         token = req.unredirected_hdrs.get("Authorization")
         if token is not None and _origin(req.full_url) == _origin(following.full_url):
             following.add_unredirected_header("Authorization", token)
+        # urllib reads what a redirect says beside to its end, in one piece, however long it is said to be.
+        fp.close()
         return following
 
 
