@@ -9,6 +9,7 @@ GET /{repo}/resolve/{commit}/{path} redirects to where the bytes are.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -129,7 +130,8 @@ class Hub:
             try:
                 return self._once(address, headers, read)
             except urllib.error.HTTPError as error:
-                with error:
+                # Its answer may be closed already.
+                with contextlib.closing(error):
                     problem = f"HTTP {error.code} {error.reason}"
                     pause = _retry_after(error.headers.get("Retry-After"))
                     if error.code in (401, 403):
