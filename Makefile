@@ -56,7 +56,10 @@ bench: setup ## Measure, and keep the results in bench/results/
 results: ## Show the kept results
 	@python3 tools/results.py
 
-.PHONY: soak-weights
+.PHONY: soak soak-weights
+soak: setup ## The kernels' tests in full, with sanitizers and whole models: CPULLM_KERNEL_SEED=; goes on where stopped
+	@tools/run_tests.sh soak
+
 soak-weights: setup ## Kill loaders and servers again and again: SOAK= for its options; goes on where it was stopped
 	@python tools/soak_weights.py $(SOAK)
 

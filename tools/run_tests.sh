@@ -59,6 +59,13 @@ engine() {
   CPULLM_ENGINE_BIN=$CPULLM_CACHE/engine/current/bin python -m pytest -q tests/engine
 }
 
+# The whole form of the kernels' tests: longer than CI has, and not part of `all`. Goes on where it was stopped.
+soak() {
+  ansible-playbook -i inventories/local tests/engine/build.yml
+  CPULLM_SOAK=1 CPULLM_SOAK_RESULTS=1 CPULLM_ENGINE_BIN=$CPULLM_CACHE/engine/current/bin \
+    python -m pytest -v tests/engine/test_kernels.py tests/engine/test_decode_kernels.py tests/engine/test_outputs.py
+}
+
 containers() {
   python -m pytest -q tests/acceptance -m 'lab and not vm and not faults'
   scenarios --files-without-match

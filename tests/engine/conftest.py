@@ -8,6 +8,9 @@ things are when they are not where the collection puts them:
 - CPULLM_ENGINE_BIN: the engine's bin directory, default /opt/llama.cpp/current/bin;
 - CPULLM_ENGINE_SOURCE: the pinned sdist, default in the sdist folder of the cache;
 - CPULLM_ENGINE_MODEL: the first shard of the model, default tests/models/recite.
+
+With CPULLM_SOAK=1 (`make soak`) tests that passed are not run again until patches or checks change, or all have passed;
+then what they measured is kept in bench/results/kernels-soak.json.
 """
 
 from __future__ import annotations
@@ -20,17 +23,56 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.harness import Model, Pool, Servers, open_to_all
-from tests.engine.source import apply_patches, unpack
+from bench import record
+from tests.engine import kernels
+from tests.engine.harness import Model, Pool, Servers, cache, open_to_all
+from tests.engine.progress import Progress, state_of
+from tests.engine.source import PATCHES, apply_patches, unpack
 
-CLONE = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+CLONE = HERE.parents[1]
+SOAKS = cache() / "soak"
+progress: Progress | None = None
+if kernels.SOAK:
+    parts = [*PATCHES.glob("*.patch"), *(file for file in HERE.iterdir() if file.is_file())]
+    progress = Progress(SOAKS / "kernels.json", state_of(parts, str(kernels.SEED), kernels.BEST))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder: none runs without an engine or its source."""
+def pytest_report_header() -> str:
+    """Tell how to draw the same random cases again."""
+    return f"kernel checks: seed {kernels.SEED}{', the long form' if kernels.SOAK else ''}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test of this folder, since none runs without an engine or its source; let a soak go on."""
     for item in items:
-        if Path(item.path).is_relative_to(Path(__file__).parent):
+        if Path(item.path).is_relative_to(HERE):
             item.add_marker(pytest.mark.engine)
+    if progress:
+        done = [item for item in items if item.nodeid in progress.passed]
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item.nodeid not in progress.passed]
+
+
+def pytest_runtest_setup() -> None:
+    """Count each test's cases by themselves."""
+    kernels.counted.clear()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what passed, and what it measured."""
+    if progress and report.when == "call" and report.passed:
+        progress.add(report.nodeid, {**dict(report.user_properties), "cases": sum(kernels.counted)})
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep a soak's figures, once all of it has passed; a soak that has nothing left to do has passed, too."""
+    over = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if progress and over and os.environ.get("CPULLM_SOAK_RESULTS") == "1":
+        record.keep("kernels-soak", ["make", "soak"], {"seed": kernels.SEED, **progress.figures()})
+        progress.end()
+        shutil.rmtree(SOAKS / "kernels", ignore_errors=True)
+        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.fixture
@@ -76,6 +118,25 @@ def servers(engine: Path, tmp_path: Path) -> Iterator[Servers]:
     finally:
         for server in it.running:
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the kernels' source, stock and patched; each beside its builds, so that they share objects.
+
+    A soak keeps it: what goes on builds nothing again.
+    """
+    if not progress:
+        folder = tmp_path_factory.mktemp("kernels")
+    else:
+        folder = SOAKS / "kernels" / state_of(PATCHES.glob("*.patch"))[:12]
+        if (folder / "complete").exists():
+            return folder
+        shutil.rmtree(folder.parent, ignore_errors=True)
+    unpack(folder / "stock" / "source")
+    apply_patches(unpack(folder / "patched" / "source"))
+    (folder / "complete").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from tests.engine.harness import cache
 
 HERE = Path(__file__).resolve().parent
 CHECKS = ("attention_check", "matmul_check")
+SOAK = os.environ.get("CPULLM_SOAK") == "1"
+SEED = int(os.environ.get("CPULLM_KERNEL_SEED") or 1)
 SANITIZERS = {
     "address": "-fsanitize=address -fno-omit-frame-pointer",
     # ggml itself reads scales at odd addresses.
@@ -29,6 +33,15 @@ def machine_isa() -> str:
     return _build.choose_isa(None, _build.parse_cpu_flags(Path("/proc/cpuinfo").read_text(encoding="utf-8")))
 
 
+BEST = machine_isa()
+# A build for the best instruction set of this machine, and one that knows AVX2 alone.
+ISAS = sorted({BEST, "avx2"})
+
+
+# Cases of the checks that the running test went through.
+counted: list[int] = []
+
+
 @dataclass(frozen=True)
 class Checks:
     """A build of the checks."""
@@ -39,7 +52,8 @@ class Checks:
         """Return what a check printed; AssertionError with it where the check failed."""
         done = subprocess.run(
             [str(self.folder / name), *map(str, arguments)],
-            env={**os.environ, **environment},
+            # Threads that wait for each other must not do so at the cost of others on a busy machine.
+            env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -75,3 +89,18 @@ def build(tree: Path, folder: Path, isa: str, sanitizer: str = "", targets: Iter
     run(["cmake", "-S", str(HERE), "-B", str(folder), "-G", "Ninja", *given])
     run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1), "--target", *targets])
     return Checks(folder)
+
+
+@functools.cache
+def built(trees: Path, tree: str, isa: str, sanitizer: str = "", targets: tuple[str, ...] = CHECKS) -> Checks:
+    """Return programs of the tree `stock` or `patched`, built once in a session."""
+    folder = trees / tree / f"build-{isa}{sanitizer}"
+    return build(trees / tree / "source", folder, isa, sanitizer, targets)
+
+
+def cases(output: str) -> int:
+    """Return how many cases a check went through without a failure, and count them."""
+    found = re.search(r"^cases=(\d+) failures=0$", output, re.M)
+    assert found, output
+    counted.append(int(found[1]))
+    return int(found[1])

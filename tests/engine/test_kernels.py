@@ -8,46 +8,19 @@ CPULLM_KERNEL_SEED chooses the cases, which are printed with every failure.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.engine import kernels
+from tests.engine.kernels import BEST, ISAS, SEED, SOAK, built, cases
 from tests.engine.source import apply_patches, unpack
 
-SOAK = os.environ.get("CPULLM_SOAK") == "1"
 ROUNDS = 1500 if SOAK else 150
-SEED = int(os.environ.get("CPULLM_KERNEL_SEED") or 1)
-BEST = kernels.machine_isa()
 
 
-@pytest.fixture(scope="session")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the kernels' source, stock and patched; each beside its builds, so that they share objects."""
-    folder = tmp_path_factory.mktemp("kernels")
-    unpack(folder / "stock" / "source")
-    apply_patches(unpack(folder / "patched" / "source"))
-    return folder
-
-
-def built(trees: Path, tree: str, isa: str, sanitizer: str = "") -> kernels.Checks:
-    """Return the checks of a tree, built once in a session."""
-    folder = trees / tree / f"build-{isa}{sanitizer}"
-    if not (folder / "matmul_check").exists():
-        return kernels.build(trees / tree / "source", folder, isa, sanitizer)
-    return kernels.Checks(folder)
-
-
-def cases(output: str) -> int:
-    """Return how many cases a check went through without a failure."""
-    found = re.search(r"^cases=(\d+) failures=0$", output, re.M)
-    assert found, output
-    return int(found[1])
-
-
-@pytest.mark.parametrize("isa", sorted({BEST, "avx2"}))
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("check", kernels.CHECKS)
 def test_kernels_agree_with_double_precision(trees: Path, isa: str, check: str) -> None:
     """Every size around a tile's edges, every kind of scale and code, and random ones."""
@@ -100,11 +73,11 @@ def test_attention_computes_the_same_bits_as_stock(trees: Path) -> None:
     assert patched == stock
 
 
+@pytest.mark.parametrize("isa", ISAS if SOAK else [BEST])
 @pytest.mark.parametrize("operation", ["MUL_MAT", "MUL_MAT_ID"])
-def test_backend_ops_of_llama_cpp(trees: Path, operation: str) -> None:
+def test_backend_ops_of_llama_cpp(trees: Path, operation: str, isa: str) -> None:
     """llama.cpp's own comparison of the CPU backend with its reference."""
-    folder = built(trees, "patched", BEST).folder
-    checks = kernels.build(trees / "patched" / "source", folder, BEST, targets=["test-backend-ops"])
+    checks = built(trees, "patched", isa, targets=("test-backend-ops",))
     output = checks.run("test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "type_a=q8_0")
     found = re.search(r"(\d+)/(\d+) tests passed", output)
     assert found, output[-2000:]
@@ -114,18 +87,17 @@ def test_backend_ops_of_llama_cpp(trees: Path, operation: str) -> None:
 
 def test_tiled_matmul_test_of_llama_cpp(trees: Path) -> None:
     """llama.cpp's own test of the tiled path still passes for the types that it had."""
-    folder = built(trees, "patched", BEST).folder
-    checks = kernels.build(trees / "patched" / "source", folder, BEST, targets=["test-tiled-mulmat"])
-    output = checks.run("test-tiled-mulmat")
+    output = built(trees, "patched", BEST, targets=("test-tiled-mulmat",)).run("test-tiled-mulmat")
     assert "PASS" in output
     assert "FAIL" not in output
 
 
 if SOAK:
 
+    @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize("sanitizer", list(kernels.SANITIZERS))
     @pytest.mark.parametrize("check", kernels.CHECKS)
-    def test_sanitizers_find_nothing(trees: Path, check: str, sanitizer: str) -> None:
+    def test_sanitizers_find_nothing(trees: Path, check: str, sanitizer: str, isa: str) -> None:
         """Address, undefined behaviour and threads."""
         rounds = ROUNDS // 10 if check == "matmul_check" else 20
-        assert cases(built(trees, "patched", BEST, sanitizer).run(check, SEED, rounds)) > rounds
+        assert cases(built(trees, "patched", isa, sanitizer).run(check, SEED, rounds)) > rounds
