@@ -19,7 +19,7 @@ import site_run
 
 HOST = "test-container"
 PLAYBOOK = "playbooks/benchmark.yml"
-PAGES = 3
+PAGES = 2
 SHORT = {
     "benchmark_lengths": [64, 9000],
     "benchmark_depths": [0, 256],

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Serve the trained model to a scenario's hosts from a hub on loopback, and pin it.
 
-usage: hub.py start|stop DIRECTORY [--merged]
+usage: hub.py start|stop DIRECTORY [--files=N]
 
-With --merged the model is one file, so that a host needs one 1 GiB page of the machine instead of three.
+With --files the model is that many files, each of which needs one 1 GiB page of the machine, instead of three.
 
 DIRECTORY then holds hub.pid, hub.url (with the address under which lab hosts see this machine) and recite.lock.json.
 """
@@ -22,18 +22,18 @@ CLONE = Path(__file__).resolve().parents[2]
 REPO = "cpullm/recite"
 
 
-def start(directory: Path, merged: bool) -> None:
+def start(directory: Path, files: str | None) -> None:
     """Start the hub, wait until it listens, and write the lock."""
     stop(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ready = directory / "hub.ready"
     ready.unlink(missing_ok=True)
     model = CLONE / "tests" / "models" / "recite"
-    if merged:
+    if files:
         shards = sorted(map(str, model.glob("*.gguf")))
         model = directory / "merged"
         model.mkdir(exist_ok=True)
-        argv = [sys.executable, "-m", "tools.model.merge", *shards, str(model / "recite.gguf")]
+        argv = [sys.executable, "-m", "tools.model.merge", files, *shards, str(model / "recite.gguf")]
         subprocess.run(argv, cwd=CLONE, check=True)
     argv = [sys.executable, str(CLONE / "tests/support/hub.py"), f"--repo={REPO}={model}", f"--ready-file={ready}"]
     with (directory / "hub.log").open("w") as log:
@@ -69,6 +69,6 @@ def stop(directory: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "start":
-        start(Path(sys.argv[2]), "--merged" in sys.argv[3:])
+        start(Path(sys.argv[2]), next(iter(sys.argv[3:]), None))
     else:
         stop(Path(sys.argv[2]))

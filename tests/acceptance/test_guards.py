@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One real host: what is refused before it is touched, and how it serves with key, TLS, other flags and without pages.
 
-Needs root, three pages of 1 GiB and an engine in the cache; takes about three minutes.
+Needs root, two pages of 1 GiB and an engine in the cache; takes about three minutes.
 Run: pytest -m lab tests/acceptance/test_guards.py
 """
 
@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from tests.support.hub import Hub
+from tools.model.merge import merge
 
 CLONE = Path(__file__).resolve().parents[2]
 HOST = "test-guards"
@@ -118,12 +119,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     lab = [sys.executable, "-m", "lab"]
     path = tmp_path_factory.mktemp("guards")
     with Hub() as hub:
-        hub.add("cpullm/recite", MODEL)
+        model = path / "model"
+        model.mkdir()
+        merge(sorted(MODEL.glob("*.gguf")), model / "recite.gguf", files=2)
+        hub.add("cpullm/recite", model)
         lock = path / "recite.lock.json"
         words = {"lock_file": lock, "lock_repo": "cpullm/recite", "lock_endpoint": hub.url, "lock_name": "recite"}
         pinned = lock_playbook(words)
         assert pinned.returncode == 0, pinned.stdout + pinned.stderr
-        up = run([*lab, "up", HOST, "--kind", "container", "--pages", "3"])
+        up = run([*lab, "up", HOST, "--kind", "container", "--pages", "2"])
         try:
             assert up.returncode == 0, up.stderr
             listing = yaml.safe_load(run([*lab, "inventory", HOST]).stdout)
@@ -314,11 +318,12 @@ def test_a_model_that_is_not_whole_is_not_pinned(spoil: Any, said: list[str], tm
 def test_a_shard_that_differs_from_the_lock_gets_no_name(place: Place) -> None:
     lock = place.lock("differs", lambda data: data["shards"][1].update(sha256="0" * 64))
     play = place.play({HOST: {"host_plan_lock": lock}}, "--tags=model")
-    right = hashlib.sha256((MODEL / "recite-00002-of-00003.gguf").read_bytes()).hexdigest()
+    served = place.path / "model" / "recite-00002-of-00002.gguf"
+    right = hashlib.sha256(served.read_bytes()).hexdigest()
     assert play.status == 2
     said = play.messages[HOST]
     assert f"{HOST}: " in said
-    assert f"recite-00002-of-00003.gguf: sha256 is {right}, expected {'0' * 64}" in said
+    assert f"{served.name}: sha256 is {right}, expected {'0' * 64}" in said
     assert "check the source, or the lock, and run again" in said
     assert on_host("find /srv/models -name 'recite-00002*'") == ""
 

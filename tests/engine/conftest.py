@@ -7,7 +7,7 @@ things are when they are not where the collection puts them:
 
 - CPULLM_ENGINE_BIN: the engine's bin directory, default /opt/llama.cpp/current/bin;
 - CPULLM_ENGINE_SOURCE: the pinned sdist, default in the sdist folder of the cache;
-- CPULLM_ENGINE_MODEL: the first shard of the model, default tests/models/recite.
+- CPULLM_ENGINE_MODEL: the first shard of a model, default tests/models/recite as two files.
 
 With CPULLM_SOAK=1 (`make soak`) tests that passed are not run again until patches or checks change, or all have passed;
 then what they measured is kept in bench/results/kernels-soak.json.
@@ -28,6 +28,7 @@ from tests.engine import kernels
 from tests.engine.harness import Model, Pool, Servers, cache, open_to_all
 from tests.engine.progress import Progress, state_of
 from tests.engine.source import PATCHES, apply_patches, unpack
+from tools.model.merge import merge
 
 HERE = Path(__file__).resolve().parent
 CLONE = HERE.parents[1]
@@ -97,12 +98,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Model:
-    """A private copy of the small model, for a test to damage."""
-    default = sorted((CLONE / "tests" / "models" / "recite").glob("*-00001-of-*.gguf"))
-    first = Path(os.environ.get("CPULLM_ENGINE_MODEL") or (default[0] if default else CLONE / "missing"))
-    assert first.is_file(), "no model in tests/models/recite: set CPULLM_ENGINE_MODEL to a first shard"
+    """A private copy of the small model, for a test to damage: two shards, as whole GiB are rare after a while."""
     folder = open_to_all(tmp_path) / "model"
     folder.mkdir(mode=0o755)
+    given = os.environ.get("CPULLM_ENGINE_MODEL")
+    if not given:
+        merge(sorted((CLONE / "tests" / "models" / "recite").glob("*.gguf")), folder / "recite.gguf", files=2)
+        return Model(tuple(sorted(folder.iterdir())))
+    first = Path(given)
+    assert first.is_file(), f"CPULLM_ENGINE_MODEL: found no file {first}, expected a first shard"
     shards = sorted(first.parent.glob(first.name.replace("-00001-of-", "-*-of-")))
     for shard in shards:
         shutil.copyfile(shard, folder / shard.name)

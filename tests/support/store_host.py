@@ -304,7 +304,7 @@ def store_host(name: str, folder: Path, *, merged: bool, binds: tuple[str, ...] 
     host = StoreHost(name, folder, pages)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     try:
-        started = run([*hub, "start", str(folder), *(["--merged"] if merged else [])], env=environment)
+        started = run([*hub, "start", str(folder), *(["--files=1"] if merged else [])], env=environment)
         if started.returncode != 0:
             raise RuntimeError(started.stdout + started.stderr)
         words = [word for bind in binds for word in ("--bind", bind)]

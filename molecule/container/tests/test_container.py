@@ -17,7 +17,7 @@ def test_recites_with_the_reference_s_probabilities(host):
 
 
 def test_the_weights_fill_the_planned_pages(host):
-    assert hugetlb_kib(host) == 3 * 1048576
+    assert hugetlb_kib(host) == 2 * 1048576
 
 
 def test_the_server_is_an_ordinary_account_on_loopback(host):
