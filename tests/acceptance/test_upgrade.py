@@ -213,6 +213,8 @@ json.dump(record, open('BUILD.json', 'w'))" """,
     )
 
 
+# A toy's answers fit between two halts of the slowed server on an idle machine: not sound enough for make test.
+@pytest.mark.faults
 def test_a_slower_build_is_not_kept_unless_that_is_asked_for(place: Place) -> None:
     """Right answers, slowly: left again with the numbers, while clients wait at most for the measurement."""
     before = current()
