@@ -15,24 +15,23 @@ The 1 GiB pages are reserved and compared first: what lacks of them shows at onc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ansible_collections.cpullm.epyc.plugins.module_utils import _gguf
 
-from bench import record
+from bench import record, watched
 from lab import pages as lab_pages
 
 GIB = 1 << 30
 OWNER = "kernels"
-TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,6 @@ class Watch:
             self.nodes = seen
 
 
-def busy_ticks() -> int:
-    """Return the ticks that all CPUs have worked, or were held back by the hypervisor, since the start."""
-    first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, first[:8])
-    return user + nice + system + irq + softirq + steal
-
-
 def objections(
     watch: Watch, size: int, huge: bool, others: float, faults: int, limits: argparse.Namespace
 ) -> list[str]:
@@ -123,45 +115,13 @@ def run_once(
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "GGML_"))}
     if huge:
         clean["LLAMA_WEIGHTS_HUGEPAGES"] = "require"
-    before = busy_ticks()
-    process = subprocess.Popen(argv, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch, over = Watch(), threading.Event()
-
-    def keep_watch() -> None:
-        # Less and less often: the kernel looks at each 4 KiB page, on a CPU that the run has, too.
-        pause = 0.25
-        while not over.wait(pause):
-            watch.look(process.pid)
-            pause *= 2
-
-    watcher = threading.Thread(target=keep_watch)
-    watcher.start()
-    try:
-        # wait4 tells what this one child used.
-        output: list[str] = []
-        errors: list[str] = []
-        readers = [
-            threading.Thread(target=lambda: output.append(process.stdout.read() if process.stdout else "")),
-            threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else "")),
-        ]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        _pid, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    finally:
-        over.set()
-        watcher.join()
-        if process.returncode is None:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        raise RuntimeError(f"llama-bench: exit {process.returncode}\n{''.join(errors)[-2000:]}")
-    busy = (busy_ticks() - before) / TICK
-    others = max(0.0, busy - usage.ru_utime - usage.ru_stime) / max(busy, 1e-9)
-    (result,) = json.loads("".join(output))
-    return float(result["avg_ts"]), objections(watch, size, huge, others, usage.ru_majflt, limits)
+    watch = Watch()
+    # Less and less often: the kernel looks at each 4 KiB page, on a CPU that the run has, too.
+    done = watched.run(argv, clean, watch.look, (0.25 * 2**number for number in itertools.count()))
+    if done.status:
+        raise RuntimeError(f"llama-bench: exit {done.status}\n{done.errors[-2000:]}")
+    (result,) = json.loads(done.output)
+    return float(result["avg_ts"]), objections(watch, size, huge, done.others, done.major_faults, limits)
 
 
 def measure(engine: Path, model: Path, point: Point, huge: bool, limits: argparse.Namespace) -> float:

@@ -15,24 +15,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import record
+from bench import record, watched
 from bench.load import gather, pages_of, store
 from bench.load_anonymous import GIB, drop_page_cache, shards_of
 from lab import pages as lab_pages
 
 OWNER = "bench-pages"
 MIB2 = 2 << 20
-TICK = os.sysconf("SC_CLK_TCK")
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
@@ -126,46 +125,20 @@ def weights(way: Way, shards: Sequence[Path], threads: int) -> Iterator[tuple[Pa
             yield place.model(shards[0]), ["-lm", "mmap"]
 
 
-def busy_ticks() -> int:
-    """Return the ticks that all CPUs have worked, or were held back by the hypervisor, since the start."""
-    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[:8])
-    return user + nice + system + irq + softirq + steal
-
-
 def bench(engine: Path, model: Path, words: Sequence[str], depths: str) -> tuple[dict[str, float], Seen, float]:
     """Return tokens/s by test, the pages that the process had, and the share of the CPUs that others took."""
     argv = ["nice", "-n", "-20", str(engine / "llama-bench"), "-m", str(model), *words, "-fa", "on", "--repack", "0"]
     argv += ["-p", "512", "-n", "64", "-d", depths, "-r", "1", "-o", "json"]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "GGML_"))}
-    before, seen, over = busy_ticks(), Seen(), threading.Event()
-    # Errors go to the terminal: nothing has to read them beside the results.
-    with subprocess.Popen(argv, env=clean, stdout=subprocess.PIPE, text=True) as process:
-
-        def keep_watch() -> None:
-            while not over.wait(0.5):
-                seen.look(process.pid)
-
-        watcher = threading.Thread(target=keep_watch)
-        watcher.start()
-        try:
-            output = process.stdout.read() if process.stdout else ""
-            _pid, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        finally:
-            over.set()
-            watcher.join()
-            if process.returncode is None:
-                process.kill()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(argv)}: exit {process.returncode}")
-    busy = (busy_ticks() - before) / TICK
-    others = max(0.0, busy - usage.ru_utime - usage.ru_stime) / max(busy, 1e-9)
+    seen = Seen()
+    done = watched.run(argv, clean, seen.look, itertools.repeat(0.5))
+    if done.status:
+        raise RuntimeError(f"{' '.join(argv)}: exit {done.status}\n{done.errors[-2000:]}")
     rates = {}
-    for row in json.loads(output):
+    for row in json.loads(done.output):
         what = f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}"
         rates[f"{what}_d{row['n_depth']}"] = float(row["avg_ts"])
-    return rates, seen, others
+    return rates, seen, done.others
 
 
 def objections(way: Way, seen: Seen, size: int, others: float, limit: float) -> list[str]:
