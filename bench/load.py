@@ -28,13 +28,21 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import record
-from bench.load_anonymous import GIB, STOCK, Way, anonymous, drop_page_cache, load_seconds, server, shards_of
+from bench.load_anonymous import (
+    GIB,
+    STOCK,
+    Way,
+    anonymous,
+    await_ready,
+    drop_page_cache,
+    load_seconds,
+    server,
+    shards_of,
+)
 from lab import pages as lab_pages
 from lab.state import LabError
 
@@ -184,15 +192,11 @@ def ready_seconds(engine: Path, model: Path, way: Way, log: Path) -> tuple[float
     """
     begin = time.monotonic()
     with server(engine, model, way, log) as (process, port):
-        while process.poll() is None:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                seconds = time.monotonic() - begin
-                read = read_bytes(process.pid)
-                process.kill()
-                return seconds, read
-            time.sleep(0.005)
-    raise RuntimeError(f"the server ended\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+        await_ready(process, port, way.name, log, pause_s=0.005)
+        seconds = time.monotonic() - begin
+        read = read_bytes(process.pid)
+        process.kill()
+    return seconds, read
 
 
 def cold(engine: Path, stock: Path, first: Path, runs: int, threads: int) -> dict[str, float]:

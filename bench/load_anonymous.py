@@ -98,6 +98,16 @@ def server(engine: Path, model: Path, way: Way, log: Path) -> Iterator[tuple[sub
         process.wait()
 
 
+def await_ready(process: subprocess.Popen[bytes], port: int, name: str, log: Path, pause_s: float) -> None:
+    """Return once a server says that it is ready; RuntimeError with its log when it ends instead."""
+    while process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        time.sleep(pause_s)
+    raise RuntimeError(f"{name}: the server ended\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+
+
 def load_seconds(engine: Path, model: Path, way: Way) -> float:
     """Return the seconds from the server's start to ready; RuntimeError with its log when it ends instead."""
     drop_page_cache()
@@ -106,17 +116,13 @@ def load_seconds(engine: Path, model: Path, way: Way) -> float:
         log = Path(folder) / "log"
         start = time.monotonic()
         with server(engine, model, way, log) as (process, port):
-            while process.poll() is None:
-                with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    seconds = time.monotonic() - start
-                    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-                    found = re.search(r"^HugetlbPages:\s+(\d+) kB$", status, re.M)
-                    if found is None or bool(int(found[1])) != bool(way.environment):
-                        raise RuntimeError(f"{way.name}: HugetlbPages is {found[1] if found else 'not shown'}")
-                    return seconds
-                time.sleep(0.01)
-        raise RuntimeError(f"{way.name}: the server ended\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+            await_ready(process, port, way.name, log, pause_s=0.01)
+            seconds = time.monotonic() - start
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+        found = re.search(r"^HugetlbPages:\s+(\d+) kB$", status, re.M)
+        if found is None or bool(int(found[1])) != bool(way.environment):
+            raise RuntimeError(f"{way.name}: HugetlbPages is {found[1] if found else 'not shown'}")
+        return seconds
 
 
 def summarise(size: int, seconds: dict[str, list[float]]) -> dict[str, float]:
