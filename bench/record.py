@@ -12,7 +12,7 @@ import re
 import shlex
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ def commit() -> str:
     """Return the commit that the clone is at, or an empty text outside of a clone."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CLONE, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def changed_since(before: Mapping[str, Any]) -> set[str] | None:
+    """Return the files that differ from those that a result came from; None where this machine or clone is another."""
+    command = ["git", "diff", "--name-only", before["commit"]]
+    done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
+    if before["machine"] != machine() or not before["commit"] or done.returncode:
+        return None
+    return set(done.stdout.splitlines())
 
 
 def keep(name: str, command: Sequence[str], figures: dict[str, float], output: Path | None = None) -> Path:

@@ -204,11 +204,10 @@ def sources(target: str) -> set[str]:
 
 def still_true(before: Mapping[str, Any]) -> dict[str, float]:
     """Return the figures of a result that this machine would find again: of targets whose sources are the same."""
-    command = ["git", "diff", "--name-only", before["commit"]]
-    done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
-    if before["machine"] != record.machine() or not before["commit"] or done.returncode:
+    changed = record.changed_since(before)
+    if changed is None:
         return {}
-    same = [target for target in TARGETS if not sources(target) & set(done.stdout.splitlines())]
+    same = [target for target in TARGETS if not sources(target) & changed]
     return {name: figure for name, figure in before["figures"].items() if name.startswith(tuple(f"{t}_" for t in same))}
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -262,9 +261,8 @@ def earlier(seed: int) -> dict[str, float]:
     if not RESULT.exists():
         return fresh
     before = json.loads(RESULT.read_text(encoding="utf-8"))
-    command = ["git", "diff", "--quiet", before["commit"], "--", *SOURCES]
-    done = subprocess.run(command, cwd=CLONE, capture_output=True, check=False)
-    if before["machine"] != record.machine() or not before["commit"] or done.returncode != 0:
+    changed = record.changed_since(before)
+    if changed is None or any(f"{path}/".startswith(f"{source}/") for path in changed for source in SOURCES):
         return fresh
     return {**fresh, **before["figures"]}
 
