@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from lab import container, network, pages, state
+from tests.support.lab_command import lab
 
 CLONE = Path(__file__).resolve().parents[2]
 
@@ -39,23 +40,6 @@ assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
 ctypes.memset(address, 1, 1)
 print(os.getuid(), *[line.split()[1] for line in open("/proc/self/status") if line.startswith("HugetlbPages")])
 """
-
-
-def lab(*words: str, check: bool = True, data: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the lab's command line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lab", *words],
-        cwd=CLONE,
-        input=data,
-        stdin=None if data is not None else subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if check and done.returncode != 0:
-        raise AssertionError(f"lab {' '.join(words)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
 
 
 def inside(name: str, command: str, data: str | None = None) -> str:

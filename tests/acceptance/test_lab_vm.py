@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,8 @@ import pytest
 from ansible_collections.cpullm.epyc.plugins.module_utils import _smbios
 
 from lab import state
+from tests.support import lab_command
 
-CLONE = Path(__file__).resolve().parents[2]
 NAME = "test-vm"
 MEMORY_GIB = int(os.environ.get("CPULLM_LAB_TEST_MEMORY_GIB", "10"))
 
@@ -31,17 +30,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.vm]
 
 def lab(*words: str, timeout_s: float = 1800) -> str:
     """Run the lab's command line and return its stdout."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lab", *words],
-        cwd=CLONE,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, f"lab {' '.join(words)}: {done.stderr}"
-    return done.stdout
+    return lab_command.lab(*words, timeout_s=timeout_s).stdout
 
 
 def on(command: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from ansible_collections.cpullm.epyc.plugins.module_utils import _manifest
 from playwright.sync_api import sync_playwright
 
+from tests.support import lab_command
 from tests.unit.test_plan import manifest
 
 CLONE = Path(__file__).resolve().parents[2]
@@ -31,10 +31,7 @@ pytestmark = pytest.mark.lab
 
 def lab(*words: str) -> str:
     """Return what the lab's command line prints."""
-    argv = [sys.executable, "-m", "lab", *words]
-    done = subprocess.run(argv, cwd=CLONE, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, f"lab {' '.join(words)}: {done.stdout}{done.stderr}"
-    return done.stdout
+    return lab_command.lab(*words).stdout
 
 
 @pytest.fixture(scope="module")

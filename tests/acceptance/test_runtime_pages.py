@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from ansible_collections.cpullm.epyc.plugins.module_utils import _plan
 
+from tests.support import lab_command
 from tests.unit.test_gguf import TINY
 from tests.unit.test_plan import manifest
 
@@ -46,17 +47,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.faults]
 
 def lab(*words: str) -> str:
     """Run the lab's command line and return its stdout."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lab", *words],
-        cwd=CLONE,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert done.returncode == 0, f"lab {' '.join(words)}: {done.stdout}{done.stderr}"
-    return done.stdout
+    return lab_command.lab(*words, timeout_s=1800).stdout
 
 
 def on(command: str) -> str:
@@ -80,14 +71,8 @@ def reboot() -> None:
     on("systemctl reboot")
     for _attempt in range(120):
         time.sleep(5)
-        done = subprocess.run(
-            [sys.executable, "-m", "lab", "ssh", NAME, "--", "cat /proc/sys/kernel/random/boot_id"],
-            cwd=CLONE,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        words = ["ssh", NAME, "--", "cat /proc/sys/kernel/random/boot_id"]
+        done = lab_command.lab(*words, check=False, timeout_s=1800)
         if done.returncode == 0 and done.stdout.strip() != before:
             return
     raise AssertionError("it did not come back")
