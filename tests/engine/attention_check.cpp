@@ -9,7 +9,6 @@
 #include "kernel_reference.h"
 
 #include <algorithm>
-#include <chrono>
 
 using namespace reference;
 
@@ -126,13 +125,7 @@ static double time_one(const attention & s, int threads) {
     numbers random(1);
     graph g(bytes(s));
     const tensors t = make(g, random, s);
-    double best = 1e9;
-    for (int run = 0; run < 5; run++) {
-        const auto start = std::chrono::steady_clock::now();
-        g.compute(t.result, threads);
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    return best;
+    return g.best_seconds(t.result, threads, 5);
 }
 
 int main(int argc, char ** argv) {

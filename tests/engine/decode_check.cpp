@@ -10,7 +10,6 @@
 #include "kernel_reference.h"
 
 #include <algorithm>
-#include <chrono>
 
 using namespace reference;
 
@@ -407,13 +406,7 @@ static int measure(const char * text, int threads) {
     numbers random(1);
     graph g(bytes_of(a) + (1 << 20));
     const operation op = make(g, random, a);
-    double best = 1e9;
-    for (int i = 0; i < 20; i++) {
-        const auto start = std::chrono::steady_clock::now();
-        g.compute(op.result, threads);
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    printf("%.9f\n", best);
+    printf("%.9f\n", g.best_seconds(op.result, threads, 20));
     return 0;
 }
 

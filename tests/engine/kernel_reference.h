@@ -7,6 +7,8 @@
 #include "ggml-cpu.h"
 #include "ggml.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -188,6 +190,17 @@ class graph {
             printf("FAIL the graph was not computed\n");
             exit(1);
         }
+    }
+
+    // the least seconds of some runs
+    double best_seconds(ggml_tensor * result, int threads, int runs) {
+        double best = 1e9;
+        for (int run = 0; run < runs; run++) {
+            const auto start = std::chrono::steady_clock::now();
+            compute(result, threads);
+            best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+        }
+        return best;
     }
 
     ggml_context * context;

@@ -9,7 +9,6 @@
 #include "kernel_reference.h"
 
 #include <algorithm>
-#include <chrono>
 
 using namespace reference;
 
@@ -148,13 +147,7 @@ static double time_mul_mat(int64_t m, int64_t n, int64_t k, int threads) {
         fill_row(random, kind::plain, static_cast<float *>(a->data) + j * k, k);
     }
     ggml_tensor * result = ggml_mul_mat(g.context, w, a);
-    double best = 1e9;
-    for (int run = 0; run < 20; run++) {
-        const auto start = std::chrono::steady_clock::now();
-        g.compute(result, threads);
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    return best;
+    return g.best_seconds(result, threads, 20);
 }
 
 int main(int argc, char ** argv) {
