@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -27,7 +26,8 @@ OTHER = '{"llamacpp_build_cmake_options": {"LLAMA_ARG_FLEET_TEST": "ON"}}'
 
 pytestmark = pytest.mark.lab
 
-# The process that becomes the server has the number of this shell.
+# Stands still nine tenths of the time, however busy the machine is. The process that becomes the server has
+# this shell's number.
 SLOW = """#!/bin/sh
 (while kill -STOP $$; do sleep 0.2; kill -CONT $$; sleep 0.02; done) &
 exec "$0.fast" "$@"
@@ -71,37 +71,11 @@ def on_host(script: str, check: bool = True, data: str | None = None) -> str:
     return StoreHost.ssh_to(STORE_HOST, script, check=check, text=data)
 
 
-@dataclass
-class Place:
-    """The host that all tests share, and how playbooks run against it."""
-
-    host: StoreHost
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Return what playbooks run with."""
-        return self.host.environment
-
-    def argv(self, playbook: str, *words: str) -> list[str]:
-        """Return the command of a playbook on the host."""
-        return self.host.argv(playbook, *words)
-
-    def play(self, playbook: str, *words: str, status: int = 0) -> str:
-        """Return the output of a playbook that ends as expected."""
-        return self.host.play(playbook, *words, status=status)
-
-
 def changed(output: str) -> int:
     """Return the changes on the host, of a run's recap."""
     found = re.search(rf"^{STORE_HOST} +: .*?changed=(\d+)", output, re.MULTILINE)
     assert found, output
     return int(found[1])
-
-
-@pytest.fixture(scope="module")
-def place(host: StoreHost) -> Place:
-    """The host that recites from a store of 1 GiB pages."""
-    return Place(host)
 
 
 class Clients:
@@ -142,52 +116,52 @@ def beside() -> str:
     )
 
 
-def test_an_upgrade_fails_no_request_and_the_site_leaves_it_alone(place: Place) -> None:
-    before, loaded = current(), place.host.show(WEIGHTS, "InvocationID")
+def test_an_upgrade_fails_no_request_and_the_site_leaves_it_alone(host: StoreHost) -> None:
+    before, loaded = current(), host.show(WEIGHTS, "InvocationID")
     with Clients() as clients:
-        place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+        host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
     clients.check()
     assert serving() == current() != before
-    assert place.host.show(WEIGHTS, "InvocationID") == loaded, "nothing was read from the disk"
-    assert place.host.recites("opening", "truths")["ok"]
+    assert host.show(WEIGHTS, "InvocationID") == loaded, "nothing was read from the disk"
+    assert host.recites("opening", "truths")["ok"]
     assert beside() == ""
     # The inventory still names the build before.
-    site = place.play("site.yml")
+    site = host.play("site.yml")
     assert changed(site) == 0, site
     assert f"{STORE_HOST} stays with its build {current()}; the variables llamacpp_build_* name {before}" in " ".join(
         site.split()
     )
     assert serving() == current() != before
-    again = place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+    again = host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
     assert changed(again) == 0, again
 
 
-def test_a_killed_server_fails_what_it_had_and_nothing_else(place: Place) -> None:
+def test_a_killed_server_fails_what_it_had_and_nothing_else(host: StoreHost) -> None:
     with Clients() as clients:
         for _ in range(2):
-            assert place.host.kill_server()
+            assert host.kill_server()
             time.sleep(1)
     # One slot: with each kill the request in flight is lost, and at most one that reaches the dying process after it.
     clients.check(failures=4)
 
 
-def test_a_rollback_fails_no_request(place: Place) -> None:
-    before, loaded = current(), place.host.show(WEIGHTS, "InvocationID")
+def test_a_rollback_fails_no_request(host: StoreHost) -> None:
+    before, loaded = current(), host.show(WEIGHTS, "InvocationID")
     with Clients() as clients:
-        place.play("playbooks/rollback.yml")
+        host.play("playbooks/rollback.yml")
     clients.check()
     assert serving() == current() != before
-    assert place.host.show(WEIGHTS, "InvocationID") == loaded, "nothing was read from the disk"
-    assert place.host.recites("opening", "truths")["ok"]
-    unknown = place.play("playbooks/rollback.yml", "--extra-vars=rollback_build_id=no-such-build", status=2)
+    assert host.show(WEIGHTS, "InvocationID") == loaded, "nothing was read from the disk"
+    assert host.recites("opening", "truths")["ok"]
+    unknown = host.play("playbooks/rollback.yml", "--extra-vars=rollback_build_id=no-such-build", status=2)
     assert f"found the complete builds {before}, {current()}" in " ".join(unknown.split()) or before in unknown
 
 
-def test_a_build_that_answers_wrong_is_left_again(place: Place) -> None:
+def test_a_build_that_answers_wrong_is_left_again(host: StoreHost) -> None:
     before, wrong = current(), '{"systemd_service_verify_expect": "what it never says"}'
     with Clients() as clients:
         said = " ".join(
-            place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars={wrong}", status=2).split()
+            host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars={wrong}", status=2).split()
         )
     clients.check()
     assert "expected it to contain 'what it never says'" in said
@@ -196,39 +170,42 @@ def test_a_build_that_answers_wrong_is_left_again(place: Place) -> None:
     assert beside() == ""
 
 
-def slow_down(build: str) -> None:
-    """Have an installed build stand still nine tenths of the time, however busy the machine is."""
+def replace_server(build: str, script: str) -> None:
+    """Put a script in the place of an installed build's server, which lies beside it then, and vouch for it."""
     on_host(
         f"cd /opt/llama.cpp/{build} && mv bin/llama-server bin/llama-server.fast &&"
         " cat > bin/llama-server && chmod 0755 bin/llama-server &&"
         """ python3 -c "
 import hashlib, json
 record = json.load(open('BUILD.json'))
+record['id'] = '"""
+        + build
+        + """'
 for entry in record['files']:
     if entry['path'] == 'bin/llama-server':
         data = open(entry['path'], 'rb').read()
         entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 json.dump(record, open('BUILD.json', 'w'))" """,
-        data=SLOW,
+        data=script,
     )
 
 
 # A toy's answers fit between two halts of the slowed server on an idle machine: not sound enough for make test.
 @pytest.mark.faults
-def test_a_slower_build_is_not_kept_unless_that_is_asked_for(place: Place) -> None:
+def test_a_slower_build_is_not_kept_unless_that_is_asked_for(host: StoreHost) -> None:
     """Right answers, slowly: left again with the numbers, while clients wait at most for the measurement."""
     before = current()
-    kept = " ".join(place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}").split())
+    kept = " ".join(host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}").split())
     # The same code: kept, or no judgement where the machine is too restless for one.
     assert re.search(r"(running build or faster|and some faster): prefill_512 [\d.]+ to [\d.]+ \(", kept), kept
     other = current()
-    rolled = place.play("playbooks/rollback.yml")
+    rolled = host.play("playbooks/rollback.yml")
     assert "Measure | " not in rolled
     assert serving() == current() == before
-    slow_down(other)
+    replace_server(other, SLOW)
     try:
         with Clients() as clients:
-            said = " ".join(place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", status=2).split())
+            said = " ".join(host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", status=2).split())
         clients.check()
         assert "stays as it is, and served all the time" in said
         assert re.search(
@@ -237,37 +214,26 @@ def test_a_slower_build_is_not_kept_unless_that_is_asked_for(place: Place) -> No
         assert "systemd_service_upgrade_tolerance (0.5)" in said
         assert serving() == current() == before
         assert beside() == ""
-        wrong = place.play("playbooks/upgrade.yml", "--extra-vars=systemd_service_upgrade_tolerance=5", status=2)
+        wrong = host.play("playbooks/upgrade.yml", "--extra-vars=systemd_service_upgrade_tolerance=5", status=2)
         assert "systemd_service_upgrade_tolerance is 5" in " ".join(wrong.split())
         opted = '{"systemd_service_upgrade_tolerance": null}'
-        out = place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars={opted}")
+        out = host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}", f"--extra-vars={opted}")
         assert "Measure | " not in out
         assert serving() == current() == other
     finally:
-        place.play("playbooks/rollback.yml", f"--extra-vars=rollback_build_id={before}")
+        host.play("playbooks/rollback.yml", f"--extra-vars=rollback_build_id={before}")
         on_host(f"rm -rf /opt/llama.cpp/{other}")
 
 
-def test_a_build_that_does_not_start_is_left_again_where_the_old_one_had_to_stop(place: Place) -> None:
+def test_a_build_that_does_not_start_is_left_again_where_the_old_one_had_to_stop(host: StoreHost) -> None:
     """As where the plan has no room for two: the instance itself gets the broken build, and comes back."""
     before = current()
     broken = f"{before[:-12]}{'0' * 12}"
-    on_host(
-        f"cd /opt/llama.cpp && cp -a {before} {broken} && cd {broken} &&"
-        " printf '#!/bin/sh\\nexit 3\\n' > bin/llama-server &&"
-        f""" python3 -c "
-import hashlib, json
-record = json.load(open('BUILD.json'))
-record['id'] = '{broken}'
-for entry in record['files']:
-    if entry['path'] == 'bin/llama-server':
-        data = open(entry['path'], 'rb').read()
-        entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-json.dump(record, open('BUILD.json', 'w'))" """
-    )
+    on_host(f"cp -a /opt/llama.cpp/{before} /opt/llama.cpp/{broken}")
+    replace_server(broken, "#!/bin/sh\nexit 3\n")
     words = [f"--extra-vars=rollback_build_id={broken}", '--extra-vars={"systemd_service_upgrade_beside": false}']
     with Clients() as clients:
-        said = " ".join(place.play("playbooks/rollback.yml", *words, status=2).split())
+        said = " ".join(host.play("playbooks/rollback.yml", *words, status=2).split())
     clients.check()
     assert "serves as before again" in said
     assert serving() == current() == before
@@ -279,13 +245,13 @@ json.dump(record, open('BUILD.json', 'w'))" """
     "moment",
     ["Start llama-server@100", "Let requests in flight end", "Start llama-server@0", "Let the build beside finish"],
 )
-def test_a_killed_upgrade_serves_and_the_next_one_ends_right(place: Place, moment: str) -> None:
-    argv = place.argv("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+def test_a_killed_upgrade_serves_and_the_next_one_ends_right(host: StoreHost, moment: str) -> None:
+    argv = host.argv("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
     with Clients() as clients:
         with subprocess.Popen(
             argv,
             cwd=CLONE,
-            env=place.environment,
+            env=host.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -300,10 +266,10 @@ def test_a_killed_upgrade_serves_and_the_next_one_ends_right(place: Place, momen
                     break
             else:
                 raise AssertionError("".join(lines))
-        place.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+        host.play("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
     clients.check()
     assert serving() == current()
     assert beside() == ""
     with Clients() as clients:
-        place.play("playbooks/rollback.yml")
+        host.play("playbooks/rollback.yml")
     clients.check()
