@@ -83,9 +83,9 @@ def options() -> list[str]:
     ]
 
 
-def argv(host: Host, command: Sequence[str] = ()) -> list[str]:
-    """Return the command line that logs in to a host, or runs a command there."""
-    return ["ssh", *options(), "-p", str(host.ssh_port), "root@127.0.0.1", *command]
+def argv(host: Host, command: Sequence[str] = (), settings: Sequence[str] = ()) -> list[str]:
+    """Return the command line that logs in to a host, or runs a command there; settings go before the lab's own."""
+    return ["ssh", *settings, *options(), "-p", str(host.ssh_port), "root@127.0.0.1", *command]
 
 
 def tunnel_argv(host: Host, local: int, port: int) -> list[str]:

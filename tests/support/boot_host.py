@@ -304,10 +304,10 @@ class BootHost:
     def cut_during(self, after_s: float, name: str, arguments: dict[str, Any]) -> int:
         """Run a module on the host, and cut the power after so many seconds of the clock, as `cut` does."""
         self.on("true")
-        argv = ssh.argv(state.need_host(self.name), [self.module(name, arguments)])
         socket = ["-o", f"ControlPath={self.path}/cp/m"]
+        argv = ssh.argv(state.need_host(self.name), [self.module(name, arguments)], socket)
         none = subprocess.DEVNULL
-        with subprocess.Popen([argv[0], *socket, *argv[1:]], stdin=none, stdout=none, stderr=none) as process:
+        with subprocess.Popen(argv, stdin=none, stdout=none, stderr=none) as process:
             self.pass_time(after_s)
             since = self.cut()
             process.kill()
@@ -317,13 +317,12 @@ class BootHost:
         """Return what a script prints on the host; raise RuntimeError where it fails or the host does not answer."""
         folder = self.path / "cp"
         folder.mkdir(exist_ok=True)
-        program, *rest = ssh.argv(state.need_host(self.name), [script])
         shared = ["-o", "ControlMaster=auto", "-o", f"ControlPath={folder}/m", "-o", "ControlPersist=60"]
         # A host that has no core for half a minute is not gone.
         alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=12", "-o", "ConnectTimeout=120"]
         try:
             done = subprocess.run(
-                [program, *shared, *alive, *rest],
+                ssh.argv(state.need_host(self.name), [script], [*shared, *alive]),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
