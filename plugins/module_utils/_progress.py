@@ -69,10 +69,10 @@ def parse_status(text: str) -> Status:
     if not isinstance(data, dict):
         raise ValueError(f"a status is one JSON object, found {type(data).__name__}")
 
-    def word(name: str) -> str:
+    def word(name: str, limit: int = 200) -> str:
         value = data.get(name)
         # One line, no control characters: this text goes to a terminal.
-        return "".join(c if c.isprintable() else " " for c in value)[:200] if isinstance(value, str) else ""
+        return "".join(c if c.isprintable() else " " for c in value)[:limit] if isinstance(value, str) else ""
 
     total = _number(data.get("total"))
     return Status(
@@ -80,7 +80,8 @@ def parse_status(text: str) -> Status:
         done=max(0.0, _number(data.get("done")) or 0.0),
         total=total if total is not None and total >= 0 else None,
         unit=word("unit"),
-        message=word("message"),
+        # Why something failed may take a few lines.
+        message=word("message", 2000 if word("phase") == "failed" else 200),
         updated=_number(data.get("updated")),
     )
 

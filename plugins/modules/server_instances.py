@@ -260,11 +260,12 @@ def apply(module: AnsibleModule, actions: list[dict[str, str]]) -> None:
             if action == "load":
                 # The server may hold the very pages that the store is to take.
                 stop(module, server(number))
-            # An earlier failure must not count against this start.
-            module.run_command(["systemctl", "reset-failed", unit])
-            if action != "load":
+            else:
                 systemctl(module, "enable", unit)
-            systemctl(module, "restart", "--no-block", unit)
+            # What still stops, or waits for its next start, would be taken for a failure of this one.
+            stop(module, unit)
+            module.run_command(["systemctl", "reset-failed", unit])
+            systemctl(module, "start", "--no-block", unit)
 
 
 def main() -> None:

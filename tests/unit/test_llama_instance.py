@@ -89,6 +89,18 @@ def shown(script, monkeypatch, **units):
             {"weights": {"ActiveState": "inactive", "Job": "12"}}, None, {"phase": "load", "done": 0}, id="queued"
         ),
         pytest.param({"server": {"ActiveState": "inactive", "Job": ""}}, None, {"phase": "failed"}, id="server-gone"),
+        pytest.param(
+            {"server": {"ActiveState": "deactivating", "SubState": "stop-sigterm", "Job": "12"}},
+            None,
+            {"done": 0, "total": PAGES, "message": "waiting for llama-server@0.service"},
+            id="server-stops-before-it-starts",
+        ),
+        pytest.param(
+            {"server": {"ActiveState": "deactivating", "SubState": "stop-sigterm", "Job": "0"}},
+            None,
+            {"phase": "failed"},
+            id="server-stops",
+        ),
     ],
 )
 def test_says_how_far_a_store_and_its_server_are(script, monkeypatch, tmp_path, units, progress, status):

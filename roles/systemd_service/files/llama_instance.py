@@ -135,12 +135,12 @@ def hugetlb_bytes(pid: int) -> int:
 def failure(name: str, shown: dict[str, str]) -> dict[str, Any]:
     """Return the status of a unit that gave up, with its last lines of the journal."""
     journal = subprocess.run(
-        ["journalctl", "--no-pager", "--output=cat", "--lines=30", f"--unit={name}"],
+        ["journalctl", "--no-pager", "--output=cat", "--lines=10", f"--unit={name}"],
         check=False,
         capture_output=True,
         text=True,
     ).stdout
-    said = f"{name} is {shown['ActiveState']} ({shown['SubState']}); its last lines:\n{journal}"
+    said = f"{name} is {shown['ActiveState']} ({shown['SubState']}); its last lines:\n{journal[-1500:]}"
     return {"phase": "failed", "done": 0, "total": None, "message": said}
 
 
@@ -181,14 +181,14 @@ def status(wanted: list[tuple[int, int]]) -> dict[str, Any]:
             messages.append(f"{weights_unit(number)} {store['message']}".strip())
             continue
         total += planned
-        shown = show(unit(number), "ActiveState", "SubState", "MainPID", "NRestarts")
+        shown = show(unit(number), "ActiveState", "SubState", "MainPID", "NRestarts", "Job")
         state = shown["ActiveState"]
         if state == "active":
             done += planned
         elif state == "activating" and shown["SubState"] != "auto-restart" and shown["NRestarts"] == "0":
             messages.append(unit(number))
             done += min(hugetlb_bytes(int(shown["MainPID"])), planned - 1)
-        elif state == "inactive" and show(unit(number), "Job").get("Job", "0") not in ("", "0"):
+        elif state in ("inactive", "deactivating", "failed") and shown.get("Job", "0") not in ("", "0"):
             messages.append(unit(number))
         else:
             return failure(unit(number), shown)
