@@ -34,6 +34,14 @@ def lab(*words: str) -> str:
     return lab_command.lab(*words).stdout
 
 
+def play(folder: Path, playbook: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Return what comes of a playbook on the three hosts."""
+    command = ["ansible-playbook", f"playbooks/{playbook}", "-i", str(folder / "hosts.yml")]
+    command += ["-i", str(folder / "locks.yml"), "-i", "inventories/lab", *words]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    return subprocess.run(command, cwd=CLONE, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give the file of the report on the three hosts."""
@@ -51,12 +59,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             f"  hosts:\n    {SMALL}:\n      host_plan_lock: {folder}/r1.json\n",
             encoding="utf-8",
         )
-        command = ["ansible-playbook", "playbooks/report.yml", "-i", str(folder / "hosts.yml")]
-        command += ["-i", str(folder / "locks.yml"), "-i", "inventories/lab", "-e", f"report_file={folder}/fleet.html"]
-        environment = {**os.environ, "ANSIBLE_CONFIG": str(CLONE / "ansible.cfg")}
-        done = subprocess.run(
-            command, cwd=CLONE, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
+        done = play(folder, "report.yml", "-e", f"report_file={folder}/fleet.html")
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         yield folder / "fleet.html"
     finally:
@@ -91,3 +94,16 @@ def test_each_host_s_fault_is_read_in_a_browser(page: Path) -> None:
     assert "a copy of DeepSeek-R1-Q8_0 takes 668 pages of 1 GiB" in sections[SMALL]
     assert "the connection" in sections[OFF]
     assert (errors, requests) == ([], [page.as_uri()])
+
+
+def test_all_plans_are_shown_at_once_those_of_refused_hosts_included(page: Path) -> None:
+    done = play(page.parent, "plan.yml")
+    assert done.returncode not in (0, 1), done.stdout[-4000:]
+    shown = done.stdout.partition("TASK [Show the plans")[2].partition("TASK [")[0]
+    assert shown.count("ok: [") == 1, done.stdout[-4000:]
+    assert f"{BARE}: recite (deepseek2, 3 shard(s)), plan " in shown
+    for name in (SMALL, OFF):
+        assert f"{name}: no plan, for the reason above" in shown
+    for name in (BARE, SMALL):
+        assert f"{name}: 1 finding(s) on the hardware" in shown
+    assert f"{SMALL}: ansible_facts['cpullm_numa'].nodes[].memory_bytes: found " in done.stdout
