@@ -221,23 +221,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tries", type=int, default=5, help="runs until one must count")
     parser.add_argument("--others", type=float, default=0.1, help="share of the CPUs that others may take in a run")
     parser.add_argument("--faults", type=int, default=100, help="pages that may come from the disk in a run")
+    parser.add_argument("--pages-model", type=Path, help="a smaller mixture for the page sizes, where pages are few")
     parser.add_argument("--no-pages", action="store_true", help="leave out the comparison of page sizes")
     parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/")
     options = parser.parse_args(argv)
 
-    size = options.model.stat().st_size
+    paged = options.pages_model or options.model
+    sizes = {model: model.stat().st_size for model in (options.model, paged)}
     weights = read_per_token(options.model)
-    figures: dict[str, float] = {"model_gib": round(size / GIB, 3), "read_per_token_gb": round(weights / 1e9, 3)}
-    figures["numa_nodes"] = len(lab_pages.nodes())
+    figures = {
+        "model_gib": round(sizes[options.model] / GIB, 3),
+        "read_per_token_gb": round(weights / 1e9, 3),
+        "numa_nodes": float(len(lab_pages.nodes())),
+    }
     if not options.no_pages:
-        lab_pages.reserve(-(-size // GIB), OWNER)
+        figures["pages_model_gib"] = round(sizes[paged] / GIB, 3)
+        lab_pages.reserve(-(-sizes[paged] // GIB), OWNER)
     try:
         # Weights that come from the disk are no measure.
-        for model in filter(None, (options.model, options.dense)):
+        for model in filter(None, (options.model, paged, options.dense)):
             subprocess.run(["cat", str(model)], stdout=subprocess.DEVNULL, check=True)
         if not options.no_pages:
-            sizes = [("4k", options.patched, False), ("1g", options.patched, True)]
-            figures |= compare("pages_", sizes, options.model, PAGES, options.runs_beside, options)
+            ways = [("4k", options.patched, False), ("1g", options.patched, True)]
+            figures |= compare("pages_", ways, paged, PAGES, options.runs_beside, options)
     finally:
         if not options.no_pages:
             lab_pages.release(OWNER)
@@ -251,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(table(figures)))
     command = ["python3", "-m", "bench.kernels", "--runs", str(options.runs), "--model", options.model.name]
     command += ["--runs-beside", str(options.runs_beside)] + (["--dense", options.dense.name] if options.dense else [])
+    command += ["--no-pages"] if options.no_pages else ["--pages-model", paged.name]
     record.keep("kernels", command, figures, options.output)
     return 0
 
