@@ -6,7 +6,8 @@
 A VM with real GRUB is brought to a kept state; then the power is cut, the controller killed, or a command line booted
 that cannot work. After each fault the host has to answer on a command line that was verified before, within two boots;
 now and then the play runs again, and has to end where it was to end. The figures are written after each fault, and a
-later run on the same sources goes on from them with the seed that they began with.
+later run on the same sources goes on from them with the seed that they began with. Several runs on hosts of their own
+(``--host``) share the figures: one for each free core.
 
     python3 tools/soak_boot.py --faults 200
 """
@@ -14,12 +15,13 @@ later run on the same sources goes on from them with the seed that they began wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +29,7 @@ CLONE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CLONE))
 
 from bench import record  # noqa: E402 - the clone is no installed package
+from lab import state  # noqa: E402
 from tests.support.boot_host import TRIAL, WANTED, BootHost, Stranded, boot_host  # noqa: E402
 
 RESULT = record.RESULTS / "boot-soak.json"
@@ -47,6 +50,7 @@ SOURCES = (
     "tools/soak_boot.py",
 )
 COUNTS = (
+    "begun",
     "faults",
     "boots",
     "stranded",
@@ -76,10 +80,10 @@ class Soak:
         "cut_in_the_play": 1,
     }
 
-    def __init__(self, host: BootHost, figures: dict[str, float]) -> None:
-        """Bring the host to each state and keep it."""
+    def __init__(self, host: BootHost, seed: int) -> None:
+        """Bring the host to each state and keep it; the seed is that of new figures."""
         self.host = host
-        self.figures = figures
+        self.seed = seed
         self.former = host.line()
         self.verified = [*self.former, *WANTED]
         begin = host.clock()
@@ -195,8 +199,10 @@ class Soak:
 
     def fault(self) -> None:
         """Make the next fault, follow the host, and write what is counted."""
-        number = int(self.figures["faults"])
-        chance = random.Random(f"{self.figures['seed']:.0f} {number}")  # noqa: S311 - no secret
+        with shared(self.seed) as figures:
+            number = int(figures["begun"])
+            figures["begun"] += 1
+        chance = random.Random(f"{figures['seed']:.0f} {number}")  # noqa: S311 - no secret
         kind = chance.choices(list(self.KINDS), list(self.KINDS.values()))[0]
         counts = dict.fromkeys(COUNTS, 0)
         begin, console = time.monotonic(), self.host.mark()
@@ -217,10 +223,10 @@ class Soak:
         except Stranded as error:
             counts["stranded"], said = 1, f"STRANDED: {error}"
         counts["boots"] = self.host.boots(console)
-        for name, count in counts.items():
-            self.figures[name] += count
-        say(f"fault {number + 1}: {said}; {time.monotonic() - begin:.0f} s, so far {json.dumps(self.figures)}")
-        keep(self.figures)
+        with shared(self.seed) as figures:
+            for name, count in counts.items():
+                figures[name] += count
+        say(f"fault {number + 1}: {said}; {time.monotonic() - begin:.0f} s, so far {json.dumps(figures)}")
 
     def stayed(self, since: int) -> bool:
         """Return whether a host whose controller died is in the boot that it was in, and stays there."""
@@ -255,6 +261,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def stale(changed: set[str]) -> set[str]:
+    """Return which of the files decide how a fault ends."""
+    return {path for path in changed if any(f"{path}/".startswith(f"{source}/") for source in SOURCES)}
+
+
 def earlier(seed: int) -> dict[str, float]:
     """Return the figures to go on from: those that are kept where this machine would find them again, or none."""
     fresh = {"seed": float(seed), **dict.fromkeys(COUNTS, 0.0)}
@@ -262,14 +273,19 @@ def earlier(seed: int) -> dict[str, float]:
         return fresh
     before = json.loads(RESULT.read_text(encoding="utf-8"))
     changed = record.changed_since(before)
-    if changed is None or any(f"{path}/".startswith(f"{source}/") for path in changed for source in SOURCES):
+    if changed is None or stale(changed):
         return fresh
     return {**fresh, **before["figures"]}
 
 
-def keep(figures: dict[str, float]) -> None:
-    """Write the figures."""
-    record.keep("boot-soak", ["python3", "tools/soak_boot.py", "--seed", f"{figures['seed']:.0f}"], figures)
+@contextlib.contextmanager
+def shared(seed: int) -> Iterator[dict[str, float]]:
+    """Give the figures, and write what becomes of them; no other run has them meanwhile."""
+    with state.host_lock("soak-boot-figures"):
+        figures = earlier(seed)
+        yield figures
+        command = ["python3", "tools/soak_boot.py", "--seed", f"{figures['seed']:.0f}"]
+        record.keep("boot-soak", command, figures, RESULT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,20 +297,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pause-while", type=Path, help="begin no fault while this file exists")
     parser.add_argument("--host", default="soak-boot", help="name of the VM")
     options = parser.parse_args(argv)
-    figures = earlier(options.seed)
-    say(f"seed {figures['seed']:.0f}, so far {json.dumps(figures)}")
+    if dirty := stale(record.changed_since({"commit": record.commit(), "machine": record.machine()}) or set()):
+        parser.error(f"{', '.join(sorted(dirty))}: changed, expected what a commit holds, which the figures can name")
+    with shared(options.seed) as figures:
+        say(f"seed {figures['seed']:.0f}, so far {json.dumps(figures)}")
     begin = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
         boot_host(options.host, Path(folder), trim=True) as host,
     ):
-        soak = Soak(host, figures)
-        while figures["faults"] < options.faults:
+        soak = Soak(host, options.seed)
+        while earlier(options.seed)["begun"] < options.faults:
             while options.pause_while and options.pause_while.exists():
                 time.sleep(1)
             if options.minutes and time.monotonic() - begin > 60 * options.minutes:
                 break
             soak.fault()
+    figures = earlier(options.seed)
     return 1 if figures["stranded"] or figures["played_again_wrong"] else 0
 
 

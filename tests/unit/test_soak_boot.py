@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,16 @@ def test_earlier_figures(
     assert soak_boot.earlier(9) == expected
     path.unlink()
     assert soak_boot.earlier(9)["seed"] == 9
+
+
+def test_several_runs_share_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak_boot, "RESULT", tmp_path / "boot-soak.json")
+    monkeypatch.setattr(soak_boot, "SOURCES", ("LICENSE",))
+    monkeypatch.setattr(soak_boot.state, "host_lock", lambda name: contextlib.nullcontext())
+    for seed in (7, 8):
+        with soak_boot.shared(seed) as figures:
+            figures["begun"] += 1
+    assert (figures["seed"], figures["begun"]) == (7.0, 2.0)
 
 
 # --- How a host is followed after a fault -----------------------------------------------------------------------------
@@ -136,10 +147,10 @@ def test_a_host_is_followed(
 def test_what_a_fault_counts(
     outcome: tuple[int, int] | Stranded, counts: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[dict[str, float]] = []
-    monkeypatch.setattr(soak_boot, "keep", lambda figures: kept.append(dict(figures)))
+    figures = {"seed": 7.0, **dict.fromkeys(soak_boot.COUNTS, 0.0)}
+    monkeypatch.setattr(soak_boot, "shared", lambda seed: contextlib.nullcontext(figures))
     soak = object.__new__(soak_boot.Soak)
-    soak.figures = {"seed": 7.0, **dict.fromkeys(soak_boot.COUNTS, 0.0)}
+    soak.seed = 7
     soak.host = SimpleNamespace(mark=lambda: 0, boots=lambda since: 2)
     for name in soak_boot.Soak.KINDS:
         monkeypatch.setattr(soak, name, lambda chance: (0, "x"))
@@ -153,7 +164,8 @@ def test_what_a_fault_counts(
     monkeypatch.setattr(soak, "stayed", lambda since: False)
     monkeypatch.setattr(soak, "play_again", lambda whole: "")
     soak.fault()
-    assert {name: kept[0][name] for name in soak_boot.COUNTS if not name.startswith("played")} == {
+    assert {name: figures[name] for name in soak_boot.COUNTS if not name.startswith("played")} == {
+        "begun": 1,
         "faults": 1,
         "boots": 2,
         "stranded": 0,
