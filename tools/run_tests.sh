@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 : "${CPULLM_CACHE:=$HOME/.cache/cpullm}"
 
 # What needs 1 GiB pages comes before what scatters this machine's memory.
-parts=(lint engine containers unit next sanity)
-beside=(vms)
+parts=(lint engine containers unit)
+beside=(vms next sanity)
 
 lint() {
   ruff check .
