@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 : "${CPULLM_CACHE:=$HOME/.cache/cpullm}"
 
 # What needs 1 GiB pages comes before what scatters this machine's memory.
-parts=(lint engine containers unit)
-beside=(vms next sanity)
+parts=(lint engine containers)
+beside=(vms next sanity unit)
 
 lint() {
   ruff check .
