@@ -115,6 +115,9 @@ def run_once(
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "GGML_"))}
     if huge:
         clean["LLAMA_WEIGHTS_HUGEPAGES"] = "require"
+    else:
+        # A run with 1 GiB pages drops the file from the page cache, and what reads it anew is slower for seconds.
+        subprocess.run(["cat", str(model)], stdout=subprocess.DEVNULL, check=True)
     watch = Watch()
     # Less and less often: the kernel looks at each 4 KiB page, on a CPU that the run has, too.
     done = watched.run(argv, clean, watch.look, (0.25 * 2**number for number in itertools.count()))
@@ -238,9 +241,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures["pages_model_gib"] = round(sizes[paged] / GIB, 3)
         lab_pages.reserve(-(-sizes[paged] // GIB), OWNER)
     try:
-        # Weights that come from the disk are no measure.
-        for model in filter(None, (options.model, paged, options.dense)):
-            subprocess.run(["cat", str(model)], stdout=subprocess.DEVNULL, check=True)
         if not options.no_pages:
             ways = [("4k", options.patched, False), ("1g", options.patched, True)]
             figures |= compare("pages_", ways, paged, PAGES, options.runs_beside, options)
