@@ -89,12 +89,13 @@ def role(entry: str = "main", **variables: Any) -> dict[str, Any]:
 
 LOOP = "modprobe -a loop dm_mod; truncate -s 64M /root/disk; loop=$(losetup --find --show /root/disk)"
 MOUNT = (
-    "mkfs.ext4 -q $disk; mount $disk /mnt; cp -a /boot/grub/grub.cfg /boot/grub/grubenv /mnt; umount /mnt;"
+    "mkfs.ext4 -F -q $disk; mount $disk /mnt; cp -a /boot/grub/grub.cfg /boot/grub/grubenv /mnt; umount /mnt;"
     " mount $disk /boot/grub"
 )
+# The lean host has no udev that would make the node.
 VOLUME = (
     f'{LOOP}; dmsetup create vg-grub --uuid LVM-test --table "0 $(blockdev --getsz $loop) linear $loop 0";'
-    f" disk=/dev/mapper/vg-grub; {MOUNT}"
+    f" dmsetup mknodes; disk=/dev/mapper/vg-grub; {MOUNT}"
 )
 OTHERS = "/etc/default/grub.d/50-others.cfg"
 # What is done to the host, what is asked of the role, how the refusal begins, and what undoes the first.
@@ -110,7 +111,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         VOLUME,
         {},
         "/boot/grub/grubenv lies on vg-grub: LVM, expected a partition of a disk",
-        "umount /boot/grub; dmsetup remove vg-grub; losetup --detach-all",
+        "umount /boot/grub; dmsetup remove vg-grub; dmsetup mknodes; losetup --detach-all",
     ),
     (
         f"{LOOP}; disk=$loop; {MOUNT}; dd if=/dev/zero of=/boot/grub/full bs=64k || true",

@@ -133,7 +133,8 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not progress:
         folder = tmp_path_factory.mktemp("kernels")
     else:
-        folder = SOAKS / "kernels" / state_of(PATCHES.glob("*.patch"))[:12]
+        # Builds remember the clone that they were configured from.
+        folder = SOAKS / "kernels" / state_of(PATCHES.glob("*.patch"), str(kernels.HERE))[:12]
         if (folder / "complete").exists():
             return folder
         shutil.rmtree(folder.parent, ignore_errors=True)
