@@ -279,8 +279,13 @@ class BootHost:
         lab("snapshot", self.name, snapshot)
 
     def go_to(self, snapshot: str) -> None:
-        """Return to a host that was kept."""
+        """Return to a host that was kept.
+
+        In a new process of the emulator: in the same one the guest's TSC never goes back (QEMU, cpu_get_ticks), so the
+        guest would see its clock leap by what has passed since, and its watchdog would reset it at once.
+        """
         self.let_go()
+        lab("power-cut", self.name, "--off")
         lab("reset", self.name, snapshot)
 
     def press_reset(self) -> int:
