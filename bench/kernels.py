@@ -28,6 +28,7 @@ from pathlib import Path
 from ansible_collections.cpullm.epyc.plugins.module_utils import _gguf
 
 from bench import record, watched
+from bench.load import pages_of
 from lab import pages as lab_pages
 
 GIB = 1 << 30
@@ -230,22 +231,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     paged = options.pages_model or options.model
-    sizes = {model: model.stat().st_size for model in (options.model, paged)}
     weights = read_per_token(options.model)
     figures = {
-        "model_gib": round(sizes[options.model] / GIB, 3),
+        "model_gib": round(options.model.stat().st_size / GIB, 3),
         "read_per_token_gb": round(weights / 1e9, 3),
         "numa_nodes": float(len(lab_pages.nodes())),
     }
     if not options.no_pages:
-        figures["pages_model_gib"] = round(sizes[paged] / GIB, 3)
-        lab_pages.reserve(-(-sizes[paged] // GIB), OWNER)
-    try:
-        if not options.no_pages:
+        figures["pages_model_gib"] = round(paged.stat().st_size / GIB, 3)
+        lab_pages.reserve(pages_of([paged]), OWNER)
+        try:
             ways = [("4k", options.patched, False), ("1g", options.patched, True)]
             figures |= compare("pages_", ways, paged, PAGES, options.runs_beside, options)
-    finally:
-        if not options.no_pages:
+        finally:
             lab_pages.release(OWNER)
     figures |= bandwidth(options.patched, 1) | bandwidth(options.patched, 2)
     both = [("stock", options.stock, False), ("patched", options.patched, False)]
