@@ -143,28 +143,35 @@ run() {
   done
 }
 
-# The first lane's output comes as it goes, the second one's at its end. When one fails, the other is ended.
+# The first lane's output comes as it goes, the second one's at its end. When one fails, the other is ended, and what the
+# failed one said of it comes last: a log may be kept by its end alone.
 lanes=()
 both_lanes() {
-  local log lane failed status=0
-  log=$(mktemp)
+  local logs i failed status=0 first=
+  logs=$(mktemp --directory)
   # With job control each lane is a process group, and can be ended whole.
   set -m
-  (run "${parts[@]}") &
+  (run "${parts[@]}" 2>&1 | tee "$logs/0") &
   lanes+=($!)
-  (run "${beside[@]}") >"$log" 2>&1 &
+  (run "${beside[@]}") >"$logs/1" 2>&1 &
   lanes+=($!)
   set +m
   echo "==> beside these, shown at the end: ${beside[*]}"
-  wait -n "${lanes[@]}" || status=$?
+  wait -n -p first "${lanes[@]}" || status=$?
   if ((status)); then end_lanes; fi
-  for lane in "${lanes[@]}"; do
+  for i in 0 1; do
     failed=0
-    wait "$lane" || failed=$?
-    ((status)) || status=$failed
+    wait "${lanes[i]}" || failed=$?
+    if ((failed && !status)); then status=$failed first=${lanes[i]}; fi
   done
-  cat "$log"
-  rm "$log"
+  cat "$logs/1"
+  if ((status)); then
+    i=0
+    if [ "$first" = "${lanes[1]}" ]; then i=1; fi
+    echo "==> what failed, again:"
+    python tools/failures.py "$logs/$i"
+  fi
+  rm -r "$logs"
   return "$status"
 }
 

@@ -52,6 +52,8 @@ TRIES = 3
 ROOM_KIB = 256 << 10
 # Nothing else may work on the server; health checks and clients that come and go are waited for.
 QUIET_S = 30.0
+# The kernel counts CPU time by its ticks: within a run of some milliseconds it may see none, whoever computes beside.
+JUDGED_S = 0.5
 
 
 class Refused(Exception):
@@ -400,6 +402,12 @@ class Watch:
             last = extra
 
 
+def counters_after(server: Server, before: host.Snapshot) -> host.Snapshot:
+    """Return the counters after a run, once the kernel's clock of CPU time had the time to show what others take."""
+    time.sleep(max(0.0, before.seconds + JUDGED_S - time.monotonic()))
+    return host.snapshot(server.pid, server.cpus)
+
+
 def quiet(server: Server) -> bool:
     """Wait until a server works for nobody; return whether it came to that."""
     end = time.monotonic() + QUIET_S
@@ -441,7 +449,7 @@ def once(server: Server, step: bench.Step, number: int, request: Mapping[str, An
         start = time.monotonic()
         answers = list(pool.map(lambda body: server.ask("/completion", body, request["request_timeout_s"]), bodies))
         seconds = time.monotonic() - start
-    after = host.snapshot(server.pid, server.cpus)
+    after = counters_after(server, before)
     wrong = [f"the server answers {status}: {body!r:.200}" for status, body in answers if status != 200]
     if wrong:
         return {**run, "reasons": wrong}
@@ -505,7 +513,7 @@ def bandwidth(server: Server, binary: str, request: Mapping[str, Any], number: i
         value = float(json.loads(done.stdout)["gbs"])
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError) as error:
         return {**run, "reasons": [f"{tool}: {error}"]}
-    after = host.snapshot(server.pid, server.cpus)
+    after = counters_after(server, before)
     # The tool is a child of this program: what it took is not others' load.
     return {**run, "value": value, "reasons": host.disturbances(before, after, len(server.cpus), request["other_load"])}
 

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import socket
 import threading
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark as bench
+from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark_host as host
 from ansible_collections.cpullm.epyc.plugins.module_utils import _benchmark_run as program
 
 
@@ -110,6 +113,16 @@ def test_what_a_killed_measurement_held_is_sent_on(
     assert program.restore() == ["sent requests to instance 3 again"]
     assert front.told == [READY]
     assert program.restore() == []
+
+
+def test_what_others_take_is_counted_for_long_enough_to_show() -> None:
+    running: Any = SimpleNamespace(pid=os.getpid(), cpus=tuple(os.sched_getaffinity(0)))
+    before = host.snapshot(running.pid, running.cpus)
+    assert program.counters_after(running, before).seconds - before.seconds >= program.JUDGED_S
+    # A run that took longer waits for nothing: its counters are those of its end.
+    begun = time.monotonic()
+    after = program.counters_after(running, dataclasses.replace(before, seconds=before.seconds - program.JUDGED_S))
+    assert after.seconds - begun < program.JUDGED_S
 
 
 def test_every_other_round_begins_with_the_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
