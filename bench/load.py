@@ -50,11 +50,13 @@ CLONE = Path(__file__).resolve().parent.parent
 LOADER = CLONE / "roles" / "systemd_service" / "files" / "llama_weights.py"
 OWNER = "bench-load"
 CHUNK = 16 << 20
+MIB2 = 2 << 20
+SMALL_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
-def pages_of(shards: Sequence[Path]) -> int:
-    """Return the pages of 1 GiB that hold the shards, each rounded up by itself."""
-    return sum(-(-shard.stat().st_size // GIB) for shard in shards)
+def pages_of(shards: Sequence[Path], page_bytes: int = GIB) -> int:
+    """Return the pages that hold the shards, each rounded up by itself."""
+    return sum(-(-shard.stat().st_size // page_bytes) for shard in shards)
 
 
 def raw_seconds(shards: Sequence[Path], threads: int) -> float:
@@ -115,6 +117,31 @@ def gather(pages: int, owner: str, patience_s: float = 300) -> None:
             time.sleep(5)
 
 
+@contextlib.contextmanager
+def pool(pages: int, page_bytes: int, owner: str) -> Iterator[None]:
+    """Reserve pages for a while, of 1 GiB or of 2 MiB; LabError where the machine has fewer."""
+    if page_bytes == GIB:
+        try:
+            gather(pages, owner)
+            yield
+        finally:
+            lab_pages.release(owner)
+        return
+    before = int(SMALL_POOL.read_text(encoding="ascii"))
+    try:
+        for _try in range(3):
+            SMALL_POOL.write_text(str(before + pages), encoding="ascii")
+            found = int(SMALL_POOL.read_text(encoding="ascii")) - before
+            if found >= pages:
+                break
+            drop_page_cache()
+        else:
+            raise LabError(f"{found} of {pages} pages of 2 MiB could be reserved")
+        yield
+    finally:
+        SMALL_POOL.write_text(str(before), encoding="ascii")
+
+
 @functools.cache
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
@@ -170,8 +197,7 @@ def store(threads: int, shards: Sequence[Path], page_bytes: int = GIB) -> Iterat
         it = Store(Path(name), threads, page_bytes)
         it.mounted.mkdir()
         it.run.mkdir()
-        size = sum(-(-shard.stat().st_size // page_bytes) for shard in shards) * page_bytes
-        options = f"pagesize={page_bytes >> 20}M,size={size}"
+        options = f"pagesize={page_bytes >> 20}M,size={pages_of(shards, page_bytes) * page_bytes}"
         subprocess.run(["mount", "-t", "hugetlbfs", "-o", options, "hugetlbfs", str(it.mounted)], check=True)
         try:
             yield it
@@ -199,36 +225,40 @@ def ready_seconds(engine: Path, model: Path, way: Way, log: Path) -> tuple[float
     return seconds, read
 
 
-def cold(engine: Path, stock: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
+def servers_of(engine: Path, stock: Path, options: argparse.Namespace) -> dict[str, tuple[Path, Way]]:
+    """Return the builds and ways that need no loader; the engine's anonymous pages are of 1 GiB."""
+    found = {"stock_mmap": (stock, STOCK[0]), "stock_dio": (stock, STOCK[1])}
+    if options.page_kib << 10 == GIB:
+        found["anonymous"] = (engine, anonymous(options.threads))
+    return found
+
+
+def cold(engine: Path, stock: Path, first: Path, options: argparse.Namespace) -> dict[str, float]:
     """Return the cold rates of every way, in 10^9 bytes per second."""
     shards = shards_of(first)
     size = sum(shard.stat().st_size for shard in shards)
-    servers = {
-        "stock_mmap": (stock, STOCK[0]),
-        "stock_dio": (stock, STOCK[1]),
-        "anonymous": (engine, anonymous(threads)),
-    }
+    servers = servers_of(engine, stock, options)
     names = ("raw", "ours", "ours_hashed", *servers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     # The first touch of the pool's pages does not count, as with other memory (back_memory).
-    with store(threads, shards) as place:
+    with store(options.threads, shards, options.page_kib << 10) as place:
         place.plan(shards, hashes=False)
         place.load()
-    for run in range(runs):
+    for run in range(options.runs):
         for name in names:
             if name == "raw":
                 drop_page_cache()
-                taken = raw_seconds(shards, threads)
+                taken = raw_seconds(shards, options.threads)
             elif name in servers:
                 build, way = servers[name]
                 taken = load_seconds(build, first, way)
             else:
-                with store(threads, shards) as place:
+                with store(options.threads, shards, options.page_kib << 10) as place:
                     place.plan(shards, hashes=name == "ours_hashed")
                     drop_page_cache()
                     taken = place.load()
             seconds[name].append(taken)
-            print(f"{run + 1}/{runs} {name}: {taken:.2f} s, {size / taken / 1e9:.2f} GB/s", flush=True)
+            print(f"{run + 1}/{options.runs} {name}: {taken:.2f} s, {size / taken / 1e9:.2f} GB/s", flush=True)
     figures = {"cold_model_gib": round(size / GIB, 3)}
     for name, values in seconds.items():
         key = "raw_gb_s" if name == "raw" else f"cold_gb_s_{name}"
@@ -240,13 +270,13 @@ def cold(engine: Path, stock: Path, first: Path, runs: int, threads: int) -> dic
     return figures
 
 
-def after_crash(engine: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
+def after_crash(engine: Path, first: Path, options: argparse.Namespace) -> dict[str, float]:
     """Return the seconds until a server on a store answers again after a crash, and the bytes that it read."""
     shards = shards_of(first)
     gib = f"{sum(shard.stat().st_size for shard in shards) / GIB:.0f}gib"
     seconds: dict[str, list[float]] = {}
     read: list[float] = []
-    with store(threads, shards) as place:
+    with store(options.threads, shards, options.page_kib << 10) as place:
         place.plan(shards, hashes=False)
         place.load()
         log = place.folder / "log"
@@ -256,26 +286,22 @@ def after_crash(engine: Path, first: Path, runs: int, threads: int) -> dict[str,
         }
         # The first start of all brings the program itself from the disk.
         ready_seconds(engine, place.model(first), ways[f"ready_s_{gib}"], log)
-        for run in range(runs):
+        for run in range(options.runs):
             for key, way in ways.items():
                 taken, found = ready_seconds(engine, place.model(first), way, log)
                 seconds.setdefault(key, []).append(taken)
                 read.append(float(found))
-                print(f"{run + 1}/{runs} {key}: {taken:.2f} s, {found} bytes read", flush=True)
+                print(f"{run + 1}/{options.runs} {key}: {taken:.2f} s, {found} bytes read", flush=True)
     figures: dict[str, float] = {}
     for key, values in seconds.items():
         figures |= record.spread(key, values)
     return figures | record.spread(f"ready_{gib}_read_bytes", read)
 
 
-def others_after_crash(engine: Path, stock: Path, first: Path, runs: int, threads: int) -> dict[str, float]:
+def others_after_crash(engine: Path, stock: Path, first: Path, options: argparse.Namespace) -> dict[str, float]:
     """Return the seconds until servers without a store answer again, the page cache as a crash leaves it."""
     shards = shards_of(first)
-    ways = {
-        "stock_mmap": (stock, STOCK[0]),
-        "stock_dio": (stock, STOCK[1]),
-        "anonymous": (engine, anonymous(threads)),
-    }
+    ways, runs = servers_of(engine, stock, options), max(1, options.runs // 2)
     figures: dict[str, float] = {}
     seconds: dict[str, list[float]] = {}
     for shard in shards:
@@ -303,19 +329,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready", type=Path, nargs="*", default=[], help="first shards of models for the crashes")
     parser.add_argument("--runs", type=int, default=5, help="runs of each way")
     parser.add_argument("--threads", type=int, default=8, help="readers")
+    parser.add_argument("--page-kib", type=int, choices=(GIB >> 10, MIB2 >> 10), default=GIB >> 10, help="of the store")
     parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/load.json")
     options = parser.parse_args(argv)
     stock = options.stock or options.engine
-    most = max(pages_of(shards_of(first)) for first in [options.model, *options.ready])
-    try:
-        gather(most, OWNER)
-        figures = cold(options.engine, stock, options.model, options.runs, options.threads)
-        figures |= others_after_crash(options.engine, stock, options.model, max(1, options.runs // 2), options.threads)
+    page_bytes = options.page_kib << 10
+    most = max(pages_of(shards_of(first), page_bytes) for first in [options.model, *options.ready])
+    figures = {"page_mib": float(page_bytes >> 20)}
+    with pool(most, page_bytes, OWNER):
+        figures |= cold(options.engine, stock, options.model, options)
+        figures |= others_after_crash(options.engine, stock, options.model, options)
         for first in options.ready:
-            figures |= after_crash(options.engine, first, options.runs, options.threads)
-    finally:
-        lab_pages.release(OWNER)
+            figures |= after_crash(options.engine, first, options)
     command = ["python3", "-m", "bench.load", "--runs", str(options.runs), "--threads", str(options.threads)]
+    command += ["--page-kib", str(options.page_kib)]
     names = [f"{first.parent.name}/{first.name}" for first in [options.model, *options.ready]]
     command += ["--model", names[0], "--ready", *names[1:]]
     record.keep("load", command, figures, options.output)

@@ -5,7 +5,7 @@
 
 In turns on one model: weights in the page cache (4 KiB), in transparent huge pages, and in stores of 2 MiB and 1 GiB
 pages; KV cache and buffers in 4 KiB pages but where it says otherwise: with transparent huge pages everywhere, and
-with the weights in 1 GiB pages and the rest in transparent ones. What each run really had is read from the kernel, and
+with the weights in a store and the rest in transparent ones. What each run really had is read from the kernel, and
 a run that had something else, or shared its CPUs with others, is measured again. Needs root.
 
     python3 -m bench.pages --engine /opt/llama.cpp/current/bin --model a.gguf
@@ -26,14 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import record, watched
-from bench.load import gather, pages_of, store
+from bench.load import MIB2, pages_of, pool, store
 from bench.load_anonymous import GIB, drop_page_cache, shards_of
-from lab import pages as lab_pages
 
 OWNER = "bench-pages"
-MIB2 = 2 << 20
 THP = Path("/sys/kernel/mm/transparent_hugepage")
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,12 @@ WAYS = (
     Way("4k", "page cache", False),
     Way("thp", "memory", True),
     Way("2m", "2 MiB", False),
+    Way("2m_kv_thp", "2 MiB", True),
     Way("1g", "1 GiB", False),
     Way("1g_kv_thp", "1 GiB", True),
 )
-BASE = "4k"
+# What all are compared with, and the end of a name that is also compared with the way without it.
+BASE, KV = "4k", "_kv_thp"
 
 
 @dataclass
@@ -88,24 +87,6 @@ def transparent(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_pool(pages: int) -> Iterator[None]:
-    """Reserve pages of 2 MiB for a while; RuntimeError where the machine has fewer."""
-    before = int(POOL.read_text(encoding="ascii"))
-    try:
-        for _try in range(3):
-            POOL.write_text(str(before + pages), encoding="ascii")
-            found = int(POOL.read_text(encoding="ascii")) - before
-            if found >= pages:
-                break
-            drop_page_cache()
-        else:
-            raise RuntimeError(f"{found} of {pages} pages of 2 MiB could be reserved")
-        yield
-    finally:
-        POOL.write_text(str(before), encoding="ascii")
-
-
-@contextlib.contextmanager
 def weights(way: Way, shards: Sequence[Path], threads: int) -> Iterator[tuple[Path, list[str]]]:
     """Bring the weights where a way has them; yields the first shard and llama-bench's arguments for it."""
     if way.weights == "page cache":
@@ -116,10 +97,9 @@ def weights(way: Way, shards: Sequence[Path], threads: int) -> Iterator[tuple[Pa
         yield shards[0], ["-lm", "none"]
     else:
         page = GIB if way.weights == "1 GiB" else MIB2
-        pool = (
-            contextlib.nullcontext() if page == GIB else small_pool(sum(-(-s.stat().st_size // page) for s in shards))
-        )
-        with pool, store(threads, shards, page) as place:
+        # Pages of 1 GiB are kept from the first run to the last: once given back, they may not come together again.
+        small = contextlib.nullcontext() if page == GIB else pool(pages_of(shards, page), page, OWNER)
+        with small, store(threads, shards, page) as place:
             place.plan(shards, hashes=False)
             place.load()
             yield place.model(shards[0]), ["-lm", "mmap"]
@@ -184,37 +164,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="runs of each way that count")
     parser.add_argument("--tries", type=int, default=3, help="runs until one must count")
     parser.add_argument("--others", type=float, default=0.1, help="share of the CPUs that others may take in a run")
+    parser.add_argument("--ways", default=",".join(way.name for way in WAYS), help=f"beside {BASE}, by default all")
     parser.add_argument("--depths", default="0,4096", help="tokens of context before what is measured")
     parser.add_argument("--threads", type=int, default=8, help="readers of the loader")
     parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/pages.json")
     options = parser.parse_args(argv)
     shards = shards_of(options.model)
-    rates: dict[str, dict[str, list[float]]] = {way.name: {} for way in WAYS}
-    held: dict[str, list[float]] = {way.name: [] for way in WAYS}
-    try:
-        gather(pages_of(shards), OWNER)
+    ways = [way for way in WAYS if way.name == BASE or way.name in options.ways.split(",")]
+    rates: dict[str, dict[str, list[float]]] = {way.name: {} for way in ways}
+    held: dict[str, list[float]] = {way.name: [] for way in ways}
+    whole = pages_of(shards) if any(way.weights == "1 GiB" for way in ways) else 0
+    with pool(whole, GIB, OWNER):
         for run in range(options.runs):
-            for way in WAYS:
+            for way in ways:
                 found, seen = measure(options.engine, way, shards, options)
                 held[way.name].append(seen.transparent / (1 << 20))
                 for test, rate in found.items():
                     rates[way.name].setdefault(test, []).append(rate)
                 told = ", ".join(f"{test} {rate:.2f}" for test, rate in found.items())
                 print(f"{run + 1}/{options.runs} {way.name}: {told} tok/s", flush=True)
-    finally:
-        lab_pages.release(OWNER)
     figures: dict[str, float] = {"model_gib": round(sum(shard.stat().st_size for shard in shards) / GIB, 3)}
-    for way in WAYS:
+    for way in ways:
         figures |= record.spread(f"transparent_mib_{way.name}", held[way.name])
         for test, values in rates[way.name].items():
             figures |= record.spread(f"{test}_{way.name}", values)
-            if way.name != BASE:
-                pairs = zip(values, rates[BASE][test], strict=True)
-                figures |= record.spread(f"{test}_{way.name}_of_{BASE}", [ours / base for ours, base in pairs])
-    for test, values in rates["1g_kv_thp"].items():
-        pairs = zip(values, rates["1g"][test], strict=True)
-        figures |= record.spread(f"{test}_kv_thp_of_kv_4k", [ours / base for ours, base in pairs])
+            for base in (BASE, way.name.removesuffix(KV)):
+                if base != way.name and base in rates:
+                    pairs = zip(values, rates[base][test], strict=True)
+                    figures |= record.spread(f"{test}_{way.name}_of_{base}", [ours / theirs for ours, theirs in pairs])
     command = ["python3", "-m", "bench.pages", "--runs", str(options.runs), "--depths", options.depths]
+    command += ["--ways", options.ways]
     command += ["--model", f"{options.model.parent.name}/{options.model.name}"]
     record.keep("pages", command, figures, options.output)
     return 0

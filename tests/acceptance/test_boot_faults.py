@@ -157,7 +157,9 @@ def test_what_cannot_work_is_refused_and_nothing_is_touched(clean: BootHost) -> 
 
 def test_an_armed_trial_waits_for_its_play_and_goes_where_it_is_not_wanted(clean: BootHost) -> None:
     """In one play: another controller's, then a dead one's, for the method boot without consent, runtime and absent."""
-    runtime = {"grub_hugepages_method": "runtime"}
+    # A small host has no GiB in one piece for sure once it runs.
+    pages = {"grub_hugepages_size_kib": 2048, "grub_hugepages_nodes": [{"node": 0, "pages": 8}]}
+    runtime = {"grub_hugepages_method": "runtime", **pages}
     absent = {"grub_hugepages_state": "absent"}
     left = {"ansible.builtin.command": f"test ! -e {RECORD}"}
     done = clean.play(
