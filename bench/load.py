@@ -66,7 +66,9 @@ def raw_seconds(shards: Sequence[Path], threads: int) -> float:
     lock, failures = threading.Lock(), []
 
     def work() -> None:
-        with mmap.mmap(-1, CHUNK) as buffer:
+        with mmap.mmap(-1, CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+            # The disk's rate, not that of pinning small pages.
+            buffer.madvise(mmap.MADV_HUGEPAGE)
             while True:
                 with lock:
                     if not chunks:
