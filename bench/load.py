@@ -11,6 +11,9 @@ After a crash: a server on a store is killed and started again, with and without
 server on the page cache and on anonymous pages; what it read from the disk meanwhile is counted. Needs root, for the
 page cache, the mount and the pages.
 
+A machine that ran for a while has few GiB in one piece. ``--page-kib 2048`` measures with stores of 2 MiB pages there,
+and ``--whole`` a model that fits what is left: in pages of 1 GiB, the anonymous ones among them.
+
     python3 -m bench.load --engine /opt/llama.cpp/current/bin --model a.gguf --ready b.gguf a.gguf c.gguf
 """
 
@@ -227,23 +230,24 @@ def ready_seconds(engine: Path, model: Path, way: Way, log: Path) -> tuple[float
     return seconds, read
 
 
-def servers_of(engine: Path, stock: Path, options: argparse.Namespace) -> dict[str, tuple[Path, Way]]:
+def servers_of(options: argparse.Namespace, page_bytes: int) -> dict[str, tuple[Path, Way]]:
     """Return the builds and ways that need no loader; the engine's anonymous pages are of 1 GiB."""
+    stock = options.stock or options.engine
     found = {"stock_mmap": (stock, STOCK[0]), "stock_dio": (stock, STOCK[1])}
-    if options.page_kib << 10 == GIB:
-        found["anonymous"] = (engine, anonymous(options.threads))
+    if page_bytes == GIB:
+        found["anonymous"] = (options.engine, anonymous(options.threads))
     return found
 
 
-def cold(engine: Path, stock: Path, first: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Return the cold rates of every way, in 10^9 bytes per second."""
+def cold(options: argparse.Namespace, first: Path, page_bytes: int) -> dict[str, float]:
+    """Return the cold rates of every way, in 10^9 bytes per second; stores have pages of that many bytes."""
     shards = shards_of(first)
     size = sum(shard.stat().st_size for shard in shards)
-    servers = servers_of(engine, stock, options)
+    servers = servers_of(options, page_bytes)
     names = ("raw", "ours", "ours_hashed", *servers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     # The first touch of the pool's pages does not count, as with other memory (back_memory).
-    with store(options.threads, shards, options.page_kib << 10) as place:
+    with store(options.threads, shards, page_bytes) as place:
         place.plan(shards, hashes=False)
         place.load()
     for run in range(options.runs):
@@ -255,7 +259,7 @@ def cold(engine: Path, stock: Path, first: Path, options: argparse.Namespace) ->
                 build, way = servers[name]
                 taken = load_seconds(build, first, way)
             else:
-                with store(options.threads, shards, options.page_kib << 10) as place:
+                with store(options.threads, shards, page_bytes) as place:
                     place.plan(shards, hashes=name == "ours_hashed")
                     drop_page_cache()
                     taken = place.load()
@@ -272,7 +276,7 @@ def cold(engine: Path, stock: Path, first: Path, options: argparse.Namespace) ->
     return figures
 
 
-def after_crash(engine: Path, first: Path, options: argparse.Namespace) -> dict[str, float]:
+def after_crash(options: argparse.Namespace, first: Path) -> dict[str, float]:
     """Return the seconds until a server on a store answers again after a crash, and the bytes that it read."""
     shards = shards_of(first)
     gib = f"{sum(shard.stat().st_size for shard in shards) / GIB:.0f}gib"
@@ -287,10 +291,10 @@ def after_crash(engine: Path, first: Path, options: argparse.Namespace) -> dict[
             for end, word in (("", "--no-warmup"), ("_warmup", "--warmup"))
         }
         # The first start of all brings the program itself from the disk.
-        ready_seconds(engine, place.model(first), ways[f"ready_s_{gib}"], log)
+        ready_seconds(options.engine, place.model(first), ways[f"ready_s_{gib}"], log)
         for run in range(options.runs):
             for key, way in ways.items():
-                taken, found = ready_seconds(engine, place.model(first), way, log)
+                taken, found = ready_seconds(options.engine, place.model(first), way, log)
                 seconds.setdefault(key, []).append(taken)
                 read.append(float(found))
                 print(f"{run + 1}/{options.runs} {key}: {taken:.2f} s, {found} bytes read", flush=True)
@@ -300,10 +304,10 @@ def after_crash(engine: Path, first: Path, options: argparse.Namespace) -> dict[
     return figures | record.spread(f"ready_{gib}_read_bytes", read)
 
 
-def others_after_crash(engine: Path, stock: Path, first: Path, options: argparse.Namespace) -> dict[str, float]:
+def others_after_crash(options: argparse.Namespace, first: Path) -> dict[str, float]:
     """Return the seconds until servers without a store answer again, the page cache as a crash leaves it."""
     shards = shards_of(first)
-    ways, runs = servers_of(engine, stock, options), max(1, options.runs // 2)
+    ways, runs = servers_of(options, options.page_kib << 10), max(1, options.runs // 2)
     figures: dict[str, float] = {}
     seconds: dict[str, list[float]] = {}
     for shard in shards:
@@ -332,21 +336,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="runs of each way")
     parser.add_argument("--threads", type=int, default=8, help="readers")
     parser.add_argument("--page-kib", type=int, choices=(GIB >> 10, MIB2 >> 10), default=GIB >> 10, help="of the store")
+    parser.add_argument(
+        "--whole", type=Path, help="first shard of a model that is loaded into pages of 1 GiB after all"
+    )
     parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/load.json")
     options = parser.parse_args(argv)
-    stock = options.stock or options.engine
     page_bytes = options.page_kib << 10
     most = max(pages_of(shards_of(first), page_bytes) for first in [options.model, *options.ready])
     figures = {"page_mib": float(page_bytes >> 20)}
     with pool(most, page_bytes, OWNER):
-        figures |= cold(options.engine, stock, options.model, options)
-        figures |= others_after_crash(options.engine, stock, options.model, options)
+        figures |= cold(options, options.model, page_bytes)
+        figures |= others_after_crash(options, options.model)
         for first in options.ready:
-            figures |= after_crash(options.engine, first, options)
+            figures |= after_crash(options, first)
+    if options.whole:
+        with pool(pages_of(shards_of(options.whole)), GIB, OWNER):
+            found = cold(options, options.whole, GIB)
+        figures |= {key if "anonymous" in key else f"whole_{key}": value for key, value in found.items()}
     command = ["python3", "-m", "bench.load", "--runs", str(options.runs), "--threads", str(options.threads)]
     command += ["--page-kib", str(options.page_kib)]
-    names = [f"{first.parent.name}/{first.name}" for first in [options.model, *options.ready]]
-    command += ["--model", names[0], "--ready", *names[1:]]
+    for word, models in (("--model", [options.model]), ("--ready", options.ready), ("--whole", [options.whole])):
+        names = [f"{first.parent.name}/{first.name}" for first in models if first]
+        command += [word, *names] if names else []
     record.keep("load", command, figures, options.output)
     return 0
 
