@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = pages_of(shards) if any(way.weights == "1 GiB" for way in ways) else 0
     with pool(whole, GIB, OWNER):
         for run in range(options.runs):
-            for way in ways:
+            # There and back, so that what the machine does meanwhile hits both sides of a ratio.
+            for way in ways if run % 2 == 0 else reversed(ways):
                 found, seen = measure(options.engine, way, shards, options)
                 held[way.name].append(seen.transparent / (1 << 20))
                 for test, rate in found.items():
