@@ -6,9 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${CPULLM_CACHE:=$HOME/.cache/cpullm}"
 
-# What needs 1 GiB pages comes before what scatters this machine's memory.
+# What needs 1 GiB pages comes before what scatters this machine's memory. A lane that is through with its own parts
+# takes the next of the others.
 parts=(lint engine containers)
-beside=(vms next sanity unit)
+beside=(vms)
+either=(boots next sanity unit)
 
 lint() {
   ruff check .
@@ -73,11 +75,16 @@ containers() {
 }
 
 vms() {
-  python -m pytest -q tests/acceptance -m 'vm and not faults'
+  python -m pytest -q tests/acceptance -m 'vm and not boots and not faults'
   scenarios --files-with-matches
 }
 
-# Hosts that are broken on purpose: their boots, pages and upgrades. Longer than CI has, and not part of `all`.
+# Kernel command lines that are refused, verified or survived, in one VM.
+boots() {
+  python -m pytest -q tests/acceptance -m 'boots and not faults'
+}
+
+# Hosts that are broken on purpose, longer than CI has, and not part of `all`.
 faults() {
   python -m pytest -q tests/acceptance -m faults
 }
@@ -143,6 +150,15 @@ run() {
   done
 }
 
+# The parts of a lane, then what no lane has taken of the others; a folder is made by one of them only.
+lane() {
+  local taken=$1 part
+  run "${@:2}"
+  for part in "${either[@]}"; do
+    if mkdir "$taken/$part" 2>/dev/null; then run "$part"; fi
+  done
+}
+
 # The first lane's output comes as it goes, the second one's at its end. When one fails, the other is ended, and what the
 # failed one said of it comes last: a log may be kept by its end alone.
 lanes=()
@@ -151,12 +167,12 @@ both_lanes() {
   logs=$(mktemp --directory)
   # With job control each lane is a process group, and can be ended whole.
   set -m
-  (run "${parts[@]}" 2>&1 | tee "$logs/0") &
+  (lane "$logs" "${parts[@]}" 2>&1 | tee "$logs/0") &
   lanes+=($!)
-  (run "${beside[@]}") >"$logs/1" 2>&1 &
+  (lane "$logs" "${beside[@]}") >"$logs/1" 2>&1 &
   lanes+=($!)
   set +m
-  echo "==> beside these, shown at the end: ${beside[*]}"
+  echo "==> beside these, shown at the end: ${beside[*]}; from the lane that is free, ${either[*]}"
   wait -n -p first "${lanes[@]}" || status=$?
   if ((status)); then end_lanes; fi
   for i in 0 1; do
@@ -181,7 +197,7 @@ end_lanes() {
 }
 
 begin=$SECONDS
-if [[ " ${*:-all} " =~ \ (all|engine|containers|vms|faults)\  ]]; then
+if [[ " ${*:-all} " =~ \ (all|engine|containers|vms|boots|faults)\  ]]; then
   hosts_before=$(hosts)
   belongings_before=$(belongings)
   trap clean EXIT

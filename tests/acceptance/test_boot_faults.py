@@ -21,7 +21,7 @@ LIMIT_S = 300
 DEADLINE_S = 30
 POOL = "/sys/devices/system/node/node0/hugepages/hugepages-1048576kB/nr_hugepages"
 
-pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.faults]
+pytestmark = [pytest.mark.lab, pytest.mark.vm, pytest.mark.boots]
 
 
 @pytest.fixture(scope="module")
