@@ -184,14 +184,17 @@ def boot_id() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot, or None if there is none or it is a zombie."""
+    """Return when a process started, in clock ticks since boot, or None if there is none or it is a zombie.
+
+    A process that is killed is one only with its last thread: until then its files may be open and locked.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The second field is the command in parentheses and may hold anything, spaces and parentheses too.
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    return None if fields[0] in ("Z", "X") and int(fields[17]) <= 1 else int(fields[19])
 
 
 def process_alive(process: Process) -> bool:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import time
 from typing import Any
 
 import pytest
 
+from tests.support import plays
 from tests.support.store_host import CLONE, SERVER, STORE_HOST, WEIGHTS, StoreHost
 
 # Another build of the same source: an option that no code reads changes the id. It is the fleet scenario's, so that the
@@ -252,11 +252,12 @@ def test_a_build_that_does_not_start_is_left_again_where_the_old_one_had_to_stop
 )
 def test_a_killed_upgrade_serves_and_the_next_one_ends_right(host: StoreHost, moment: str) -> None:
     argv = host.argv("playbooks/upgrade.yml", f"--extra-vars={OTHER}")
+    mark = f"upgrade-{os.getpid()}"
     with Clients() as clients:
         with subprocess.Popen(
             argv,
             cwd=CLONE,
-            env=host.environment,
+            env={**host.environment, plays.MARK: mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -267,7 +268,7 @@ def test_a_killed_upgrade_serves_and_the_next_one_ends_right(host: StoreHost, mo
                 lines.append(line)
                 if line.startswith("TASK") and f"Upgrade | {moment}]" in line:
                     time.sleep(1.5)
-                    os.killpg(play.pid, signal.SIGKILL)
+                    plays.kill(mark)
                     break
             else:
                 raise AssertionError("".join(lines))

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tarfile
@@ -27,6 +26,7 @@ from typing import IO, Any
 import ansible
 
 from lab import cli, ssh, state
+from tests.support import plays
 
 CLONE = Path(__file__).resolve().parents[2]
 # One CPU boots fastest under emulation; 3 GiB hold two aligned GiB above the first 4.
@@ -424,16 +424,12 @@ class BootHost:
             "ANSIBLE_CALLBACK_FORMAT_PRETTY": "false",
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.path / f"cp{self.runs}"),
-            "CPULLM_TEST_PLAY": str(self.path),
+            plays.MARK: str(self.path),
         }
 
     def kill_plays(self) -> None:
-        """End every process of a run at once: workers are sessions of their own, so their group is not enough."""
-        mark = f"CPULLM_TEST_PLAY={self.path}".encode()
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(entry.name), signal.SIGKILL)
+        """End every run on this host at once."""
+        plays.kill(self.path)
 
     def start(self, log: IO[str], *words: str, play: Any = None, **variables: Any) -> subprocess.Popen[str]:
         """Start the role, or another play, with its output in a file."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,21 @@ def test_start_ticks_reads_past_a_command_that_looks_like_fields(tmp_path):
         finally:
             process.kill()
     assert state.start_ticks(process.pid) is None
+
+
+def test_a_process_whose_first_thread_ended_is_not_gone(home):
+    # As QEMU, killed: the disk stays locked until the last thread is through.
+    threads = "import ctypes, threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()\n"
+    threads += "ctypes.CDLL(None).pthread_exit(None)"
+    host = Host(name="web", kind="vm")
+    process = state.spawn(host, "threads", [sys.executable, "-c", threads])
+    try:
+        stat = Path(f"/proc/{process.pid}/stat")
+        assert eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        assert state.process_alive(process)
+    finally:
+        state.stop_process(process, 0, first=signal.SIGKILL)
+    assert not state.process_alive(process)
 
 
 def test_lock_says_whom_it_waits_for(home):
