@@ -28,7 +28,7 @@ from pathlib import Path
 from ansible_collections.cpullm.epyc.plugins.module_utils import _gguf
 
 from bench import record, watched
-from bench.load import pages_of
+from bench.load_anonymous import pages_of
 from lab import pages as lab_pages
 
 GIB = 1 << 30

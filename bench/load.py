@@ -43,6 +43,7 @@ from bench.load_anonymous import (
     await_ready,
     drop_page_cache,
     load_seconds,
+    pages_of,
     server,
     shards_of,
 )
@@ -55,11 +56,6 @@ OWNER = "bench-load"
 CHUNK = 16 << 20
 MIB2 = 2 << 20
 SMALL_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-
-
-def pages_of(shards: Sequence[Path], page_bytes: int = GIB) -> int:
-    """Return the pages that hold the shards, each rounded up by itself."""
-    return sum(-(-shard.stat().st_size // page_bytes) for shard in shards)
 
 
 def raw_seconds(shards: Sequence[Path], threads: int) -> float:

@@ -58,6 +58,11 @@ def shards_of(first: Path) -> list[Path]:
     return sorted(first.parent.glob(first.name.replace("-00001-of-", "-*-of-")))
 
 
+def pages_of(shards: Sequence[Path], page_bytes: int = GIB) -> int:
+    """Return the pages that hold the shards, each rounded up by itself."""
+    return sum(-(-shard.stat().st_size // page_bytes) for shard in shards)
+
+
 def drop_page_cache() -> None:
     """Make the next read come from the disk."""
     os.sync()
@@ -146,10 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     shards = shards_of(options.model)
     size = sum(shard.stat().st_size for shard in shards)
-    pages = sum(-(-shard.stat().st_size // GIB) for shard in shards)
     ways = [*map(anonymous, options.threads), *STOCK]
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    lab_pages.reserve(pages, OWNER)
+    lab_pages.reserve(pages_of(shards), OWNER)
     try:
         for run in range(options.runs):
             for way in ways:

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import record, watched
-from bench.load import MIB2, pages_of, pool, store
-from bench.load_anonymous import GIB, drop_page_cache, shards_of
+from bench.load import MIB2, pool, store
+from bench.load_anonymous import GIB, drop_page_cache, pages_of, shards_of
 
 OWNER = "bench-pages"
 THP = Path("/sys/kernel/mm/transparent_hugepage")
