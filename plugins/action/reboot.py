@@ -106,7 +106,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _wait(self, before: str, args: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
         """Return the outcome: another boot that settled, or a failure that says what was seen."""
-        expected = max(1.0, args["expected_s"])
+        # The reporter may have told of other work before; what is waited for begins now.
+        begin = reporter.elapsed_s
+        expected = begin + max(1.0, args["expected_s"])
         went_down = False
         silence = ""
         after: str | None = None
@@ -124,7 +126,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 went_down = True
                 reset_connection(self)
                 found, state = "", ""
-            elapsed = reporter.elapsed_s
+            elapsed = reporter.elapsed_s - begin
             if found and found != before:
                 if after is None:
                     after, back_at = found, elapsed

@@ -27,8 +27,8 @@ ARGS = {
 class Clock:
     """A reporter and a clock in one: time passes while somebody sleeps."""
 
-    def __init__(self) -> None:
-        self.elapsed_s = 0.0
+    def __init__(self, elapsed_s: float = 0.0) -> None:
+        self.elapsed_s = elapsed_s
         self.phases: list[str] = []
 
     def sleep(self, seconds: float) -> None:
@@ -38,9 +38,11 @@ class Clock:
         self.phases.append(phase)
 
 
-def wait(monkeypatch: pytest.MonkeyPatch, looks: list[tuple[str, str] | None]) -> tuple[dict[str, Any], Clock]:
-    """Return the outcome over a list of looks, None for no answer; the last one repeats."""
-    clock = Clock()
+def wait(
+    monkeypatch: pytest.MonkeyPatch, looks: list[tuple[str, str] | None], elapsed_s: float = 0.0
+) -> tuple[dict[str, Any], Clock]:
+    """Return the outcome over a list of looks, None for no answer; the last one repeats. It begins at `elapsed_s`."""
+    clock = Clock(elapsed_s)
     answers = iter(looks)
     last: list[tuple[str, str] | None] = [None]
 
@@ -81,6 +83,22 @@ def test_not_back(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome, clock = wait(monkeypatch, [None])
     assert outcome["failed"] and outcome["boot_id"] is None and clock.elapsed_s == 105.0
     assert "not back after timeout_s=1 min 40 s: the last attempt said: connection refused" in outcome["msg"]
+
+
+@pytest.mark.parametrize(
+    ("looks", "seconds"),
+    [
+        pytest.param([(OLD, "running")], 55.0, id="does-not-go-down"),
+        pytest.param([None], 105.0, id="not-back"),
+    ],
+)
+def test_what_came_before_the_wait_takes_nothing_of_its_patience(
+    monkeypatch: pytest.MonkeyPatch, looks: list[tuple[str, str] | None], seconds: float
+) -> None:
+    outcome, clock = wait(monkeypatch, looks, elapsed_s=1000.0)
+    assert outcome["failed"] and clock.elapsed_s == 1000.0 + seconds
+    outcome, _clock = wait(monkeypatch, [(OLD, "stopping"), None, (NEW, "running")], elapsed_s=1000.0)
+    assert outcome["rebooted"] and outcome["ssh_back_s"] == 15.0
 
 
 def test_units_that_never_settle(monkeypatch: pytest.MonkeyPatch) -> None:
