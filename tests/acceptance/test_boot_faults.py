@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.boot_host import HELD, RECORD, TRIAL, UP, WANTED, BootHost, boot_host
+from tests.support.boot_host import BOOTING, HANG, HELD, RECORD, TOO_MANY, TRIAL, UP, WANTED, BootHost, boot_host
 
 HOST = "test-boot-faults"
-# A boot that is not up by then hangs: many times what one takes on an idle machine.
-LIMIT_S = 300
+# A boot that is not up by then hangs: many times what one takes on an idle machine. Shorter where one is to hang.
+LIMIT_S, HANG_LIMIT_S = 300, 80
 DEADLINE_S = 30
 POOL = "/sys/devices/system/node/node0/hugepages/hugepages-1048576kB/nr_hugepages"
 
@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "true",
         {"grub_hugepages_nodes": [{"node": 0, "pages": 3}]},
-        "node 0: 3 pages are 3.0 GiB, and it has 3.0 GiB",
+        "node 0: 3 pages are 3.0 GiB, and it has 2.0 GiB",
         "true",
     ),
     ("true", {"grub_hugepages_trial_deadline_s": 5}, "grub_hugepages_trial_deadline_s is 5, expected", "true"),
@@ -266,7 +266,7 @@ def test_what_is_not_right_leads_back(trial: BootHost) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        pytest.param(["hugepagesz=2M", "hugepages=1400"], "Kernel panic", id="more-2-MiB-pages-than-memory"),
+        pytest.param(["mem=1G", *TOO_MANY], "deadlocked on memory", id="more-2-MiB-pages-than-memory"),
         pytest.param(["init=/bin/false"], "Attempted to kill init", id="init-that-dies"),
         pytest.param(
             ["root=UUID=00000000-0000-0000-0000-000000000000", "rootdelay=1"], "Rebooting", id="no-root-file-system"
@@ -282,6 +282,25 @@ def test_a_boot_that_does_not_come_through_comes_back_by_itself(clean: BootHost,
     back = clean.recover(since, [former], LIMIT_S)
     assert (back.boots, back.cycles) == (2, 0)
     assert TRIAL in clean.said(since) and says in clean.said(since)
+    after = clean.play()
+    assert after.status == 0 and "ended, and no play was there to see it" in after.output
+    clean.is_as_before(former)
+
+
+def test_a_boot_that_hangs_before_the_first_process_comes_back_with_the_power(clean: BootHost) -> None:
+    former = clean.line()
+    for more in (TOO_MANY, HANG):
+        clean.arm([*WANTED, *more], DEADLINE_S)
+        since = clean.press_reset()
+        back = clean.recover(since, [former], HANG_LIMIT_S)
+        said = clean.said(since)
+        assert back.boots == 2 and TRIAL in said and UP not in said[: said.rindex(BOOTING)]
+        if back.cycles == 1:
+            break
+        # The kernel found in time that there is no memory.
+        assert more is TOO_MANY and "deadlocked on memory" in said
+    else:
+        pytest.fail("nothing hung")
     after = clean.play()
     assert after.status == 0 and "ended, and no play was there to see it" in after.output
     clean.is_as_before(former)
