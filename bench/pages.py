@@ -169,8 +169,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=8, help="readers of the loader")
     parser.add_argument("--output", type=Path, help="where the results go, by default bench/results/pages.json")
     options = parser.parse_args(argv)
+    chosen = set(options.ways.split(","))
+    if unknown := chosen - {way.name for way in WAYS}:
+        known = ", ".join(way.name for way in WAYS)
+        parser.error(f"--ways {options.ways}: {', '.join(sorted(unknown))} is unknown, expected some of {known}")
     shards = shards_of(options.model)
-    ways = [way for way in WAYS if way.name == BASE or way.name in options.ways.split(",")]
+    ways = [way for way in WAYS if way.name == BASE or way.name in chosen]
     rates: dict[str, dict[str, list[float]]] = {way.name: {} for way in ways}
     held: dict[str, list[float]] = {way.name: [] for way in ways}
     whole = pages_of(shards) if any(way.weights == "1 GiB" for way in ways) else 0
