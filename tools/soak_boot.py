@@ -76,6 +76,7 @@ class Soak:
         "cut_while_booted": 5,
         "cut_while_taken_back": 3,
         "boot_what_fails": 4,
+        "boot_what_hangs": 1,
         "kill_the_play": 1,
         "cut_in_the_play": 1,
     }
@@ -165,9 +166,7 @@ class Soak:
         """Boot a command line that cannot work."""
         more = chance.choice(
             [
-                # A panic or a hang, see boot_host.
-                ["hugepagesz=2M", f"hugepages={chance.randint(1400, 3000)}"],
-                ["hugepagesz=2M", f"hugepages={chance.randint(1400, 3000)}"],
+                ["hugepagesz=2M", f"hugepages={chance.randint(1700, 3000)}"],
                 ["init=/bin/false"],
                 ["init=/does/not/exist"],
                 HANG,
@@ -181,6 +180,13 @@ class Soak:
         self.host.go_to("clean")
         self.host.arm([*WANTED, *more], DEADLINE_S)
         return self.host.press_reset(), f"trial boot with {' '.join(more)}"
+
+    def boot_what_hangs(self, chance: random.Random) -> tuple[int, str]:
+        """Boot with so many pages that the kernel mostly hangs."""
+        pages = ["hugepagesz=2M", f"hugepages={chance.randint(1700, 3000)}"]
+        self.host.go_to("clean")
+        self.host.arm_for_a_hang([*WANTED, *pages], DEADLINE_S)
+        return self.host.press_reset(), f"trial boot with {' '.join(pages)} and a kernel at a random place"
 
     def kill_the_play(self, chance: random.Random) -> tuple[int, str]:
         """Kill the controller's side of a whole play."""
