@@ -43,8 +43,8 @@ demo-down: ## Remove the demo's VM
 test: setup ## Everything that CI runs
 	@tools/run_tests.sh all
 
-.PHONY: lint unit next sanity engine containers vms boots faults
-lint unit next sanity engine containers vms boots faults: setup ## One part of the tests; `faults` is in no other
+.PHONY: lint unit next sanity engine containers vms sites boots faults
+lint unit next sanity engine containers vms sites boots faults: setup ## One part of the tests; `faults` is in no other
 	@tools/run_tests.sh $@
 
 ## ---- measurements

@@ -9,8 +9,8 @@ cd "$(dirname "$0")/.."
 # What needs 1 GiB pages comes before what scatters this machine's memory. A lane that is through with its own parts
 # takes the next of the others.
 parts=(lint engine containers)
-beside=(vms)
-either=(boots next sanity unit)
+beside=(sites boots)
+either=(vms next sanity unit)
 
 lint() {
   ruff check .
@@ -76,6 +76,10 @@ containers() {
 
 vms() {
   python -m pytest -q tests/acceptance -m 'vm and not boots and not faults'
+}
+
+# The whole of site.yml on VMs.
+sites() {
   scenarios --files-with-matches
 }
 
@@ -197,7 +201,7 @@ end_lanes() {
 }
 
 begin=$SECONDS
-if [[ " ${*:-all} " =~ \ (all|engine|containers|vms|boots|faults)\  ]]; then
+if [[ " ${*:-all} " =~ \ (all|engine|containers|vms|sites|boots|faults)\  ]]; then
   hosts_before=$(hosts)
   belongings_before=$(belongings)
   trap clean EXIT
