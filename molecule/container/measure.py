@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
 import site_run
+
+sys.path.insert(0, str(site_run.CLONE))
+from tests.support import plays
 
 HOST = "test-container"
 PLAYBOOK = "playbooks/benchmark.yml"
@@ -64,14 +65,11 @@ def killed_and_found(inventory: str, folder: Path) -> None:
     """A play that is killed midway loses nothing: the next one follows the work and keeps its result."""
     given = words(folder, benchmark_downtime_allowed=True)
     argv = ["ansible-playbook", PLAYBOOK, "--inventory", inventory, *given]
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(site_run.CLONE / "ansible.cfg")}
-    with subprocess.Popen(
-        argv, cwd=site_run.CLONE, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    ) as play:
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(site_run.CLONE / "ansible.cfg"), plays.MARK: str(folder)}
+    with subprocess.Popen(argv, cwd=site_run.CLONE, env=environment, stdout=subprocess.DEVNULL):
         begun = "for i in $(seq 1200); do test -e /run/cpullm/benchmark/status.json && exit 0; sleep 0.1; done; exit 1"
         ssh(begun)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(play.pid, signal.SIGKILL)
+        plays.kill(folder)
     assert not list(folder.glob("*")), "the play was over before it was killed"
     again = site_run.play(inventory, *given, playbook=PLAYBOOK)
     assert again.status == 0
