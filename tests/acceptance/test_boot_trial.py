@@ -102,7 +102,7 @@ def test_too_few_pages_lead_back(vm: BootHost) -> None:
     play = vm.allowed(
         grub_hugepages_size_kib=2048,
         grub_hugepages_nodes=[{"node": 0, "pages": 64}],
-        grub_hugepages_kernel_arguments=["hugepagesz=2M", "hugepages=63"],
+        grub_hugepages_kernel_arguments=["hugepagesz=2M", "hugepages=0:63"],
     )
     assert play.status == 2
     assert "node 0: 64 pages of 2 MiB asked, 63 found" in play.message
