@@ -225,7 +225,7 @@ def _in_words(row: Ratio) -> str:
 def depth_of(figure: str) -> int | None:
     """Return the depth of a figure of decode, or None of any other."""
     depth = figure[len("decode_d") :]
-    return int(depth) if figure.startswith("decode_d") and depth.isdigit() else None
+    return int(depth) if figure.startswith("decode_d") and depth.isdecimal() else None
 
 
 def shares(measurement: Mapping[str, Any], tokens: int, plan: Mapping[str, Any] | None) -> dict[str, Spread]:

@@ -398,7 +398,7 @@ def parse_unit(text: str) -> Unit:
         return values[places[-1] + 1] if places else None
 
     port = after("--port")
-    if port is None or not port.isdigit():
+    if port is None or not port.isdecimal():
         raise ValueError(f"found --port {port} in the unit's command, expected a number")
     credentials = dict(value.partition(":")[::2] for value in settings(text, "LoadCredential"))
 

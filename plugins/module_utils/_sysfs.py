@@ -45,9 +45,11 @@ def read_number(root: str, path: str) -> int | None:
     text = read_optional(root, path)
     if text is None:
         return None
-    if not re.fullmatch(r"-?[0-9]{1,20}", text.strip()):
-        raise ValueError(f"{path} holds {text.strip()[:40]!r}, a number expected")
-    return int(text)
+    # Of any white space, str.strip() would also take control characters that int() does not.
+    number = text.strip(" \t\n")
+    if not re.fullmatch(r"-?[0-9]{1,20}", number):
+        raise ValueError(f"{path} holds {number[:40]!r}, a number expected")
+    return int(number)
 
 
 def numbered(root: str, path: str, prefix: str) -> list[int]:

@@ -176,6 +176,8 @@ def test_no_hugetlbfs(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         pytest.param("many\n", "nr_hugepages holds 'many', a number expected", id="no-number"),
+        # White space to str.strip(), and not to int().
+        pytest.param("\x1f0\n", r"nr_hugepages holds '\x1f0', a number expected", id="control-character"),
         pytest.param(None, "nr_hugepages cannot be read", id="absent"),
     ],
 )
