@@ -134,6 +134,11 @@ def test_asks_what_the_context_has_room_for_and_says_what_it_has_not():
     assert _benchmark.steps([], [], 64, 8192, 1)[1] == [{"figure": "batch", "reason": "the server has one slot"}]
 
 
+@pytest.mark.parametrize(("figure", "depth"), [("decode_d256", 256), ("decode_d\u00b2", None), ("prefill_64", None)])
+def test_depth_of(figure, depth):
+    assert _benchmark.depth_of(figure) == depth
+
+
 def test_prompts_repeat_for_every_server_and_only_a_depth_s_for_every_round():
     prefill, depth = _benchmark.Step("prefill_64", 64, 1), _benchmark.Step("decode_d64", 64, 8, cached=True)
     assert _benchmark.prompts(prefill, 0, 1, 512) == _benchmark.prompts(prefill, 0, 1, 512)

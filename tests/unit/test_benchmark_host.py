@@ -201,6 +201,7 @@ def test_finds_the_secrets_behind_systemd_s_credentials():
     [
         pytest.param("[Service]\n", "no ExecStart=", id="no-command"),
         pytest.param("[Service]\nExecStart=/a --port x\n", "found --port x", id="no-port"),
+        pytest.param("[Service]\nExecStart=/a --port \u00b2\n", "found --port \u00b2", id="a-digit-and-no-decimal"),
         pytest.param("[Service]\nExecStart=/a --port 1\nExecStart=\n", "no ExecStart=", id="taken-back"),
     ],
 )
